@@ -1,0 +1,77 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""How an open release is ended: forward, or back, and whether its data goes back with it.
+
+Pure decisions on a folded journal; nothing here touches a host.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import asdict, dataclass
+
+RESTORE_POLICIES = ("auto", "always", "never")
+MIGRATION_KINDS = ("compatible", "breaking")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the journal shows of one release.
+
+    ``snapshot`` is the id of the complete set taken before anything changed, or empty.
+    ``held`` says that the edge held all writes from before the snapshot until now.
+    ``had_previous`` says that another release served before this one.
+    """
+
+    changed: bool
+    migrated: bool
+    commit_begun: bool
+    snapshot: str
+    held: bool
+    had_previous: bool
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What to do: ``action`` is ``finish``, ``undo`` or ``abort``; ``restore`` only ever goes with ``undo``."""
+
+    action: str
+    restore: bool
+    end: str
+    why: str
+    data: str
+
+    def as_dict(self) -> dict[str, t.Any]:
+        return asdict(self)
+
+
+def decide(evidence: Evidence, restore: str = "auto", migrations: str = "compatible") -> Recovery:
+    """Choose the way back (or forward) for a release that has no end.
+
+    Data goes back by itself only where nothing can be lost by it: a ``breaking`` migration whose writes were held
+    since before the snapshot. ``always`` takes the snapshot back whenever a migrator had begun; ``never`` leaves data alone.
+    """
+    if restore not in RESTORE_POLICIES or migrations not in MIGRATION_KINDS:
+        raise ValueError(f"restore {restore!r} or migrations {migrations!r} is not a known policy")
+    if evidence.commit_begun:
+        return Recovery("finish", False, "committed", "it was verified and its commit had begun", "data stays as it is")
+    if not evidence.changed:
+        return Recovery("abort", False, "aborted", "nothing had been changed yet", "data was not touched")
+    if not evidence.migrated:
+        return Recovery("undo", False, "rolled_back", "containers had been changed, data had not", "data was not touched")
+    if not evidence.snapshot:
+        return Recovery("undo", False, "rolled_back", "the migrator had begun", "no snapshot set to go back to: data stays as the migrator left it")
+    if restore == "never":
+        return Recovery("undo", False, "rolled_back", "the migrator had begun", "data stays as the migrator left it: delivery_restore is 'never'")
+    if restore == "always":
+        return Recovery("undo", True, "rolled_back", "the migrator had begun", "data goes back to the snapshot set: delivery_restore is 'always'")
+    if migrations == "breaking" and evidence.held:
+        return Recovery("undo", True, "rolled_back", "a breaking migration had begun",
+                        "data goes back to the snapshot set; writes were held since before it, so none is lost")
+    if migrations == "breaking":
+        return Recovery("undo", False, "rolled_back", "a breaking migration had begun",
+                        "data stays as the migrator left it: writes were not held, a restore could lose some")
+    return Recovery("undo", False, "rolled_back", "the migrator had begun",
+                    "data stays: the migration is declared compatible, and a restore would lose what was written since")
