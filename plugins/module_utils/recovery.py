@@ -12,6 +12,8 @@ from __future__ import annotations
 import typing as t
 from dataclasses import asdict, dataclass
 
+from ansible_collections.selfhost.delivery.plugins.module_utils.releases import fold
+
 RESTORE_POLICIES = ("auto", "always", "never")
 MIGRATION_KINDS = ("compatible", "breaking")
 
@@ -21,7 +23,8 @@ class Evidence:
     """What the journal shows of one release.
 
     ``snapshot`` is the id of the complete set taken before anything changed, or empty.
-    ``held`` says that the edge held all writes from before the snapshot until now.
+    ``held`` says that the edge held all writes from before the snapshot until now. ``replaced`` is the set that kept the data which a
+    rollback's own restore replaced, or empty.
     ``had_previous`` says that another release served before this one.
     """
 
@@ -31,6 +34,24 @@ class Evidence:
     snapshot: str
     held: bool
     had_previous: bool
+    replaced: str = ""
+
+    @classmethod
+    def from_journal(cls, entries: t.Sequence[t.Mapping[str, t.Any]], record: t.Mapping[str, t.Any], replaced: str = "") -> Evidence:
+        """Read the evidence off a journal (``releases.Journal.entries``) and the release's ``release.json``."""
+        state = fold(entries)
+        restored = any(entry["step"] == "restoring" for entry in entries)
+        ended = [entry["step"] for entry in entries if entry["event"] == "end"]
+        held = "held" in ended and (not state.snapshot or ended.index("held") < ended.index("snapshotted"))
+        return cls(
+            changed=state.changed or restored,
+            migrated=state.migrated,
+            commit_begun=state.commit_begun,
+            snapshot=state.snapshot,
+            held=held,
+            had_previous=bool(record.get("previous")),
+            replaced=replaced if record.get("kind") == "rollback" and restored else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -59,14 +80,20 @@ def decide(evidence: Evidence, restore: str = "auto", migrations: str = "compati
         return Recovery("finish", False, "committed", "it was verified and its commit had begun", "data stays as it is")
     if not evidence.changed:
         return Recovery("abort", False, "aborted", "nothing had been changed yet", "data was not touched")
+    if evidence.replaced:
+        return Recovery("undo", True, "rolled_back", "a rollback had begun to give data back",
+                        "data goes back to what it was before the rollback; requests were held meanwhile, so none is lost")
     if not evidence.migrated:
         return Recovery("undo", False, "rolled_back", "containers had been changed, data had not", "data was not touched")
     if not evidence.snapshot:
-        return Recovery("undo", False, "rolled_back", "the migrator had begun", "no snapshot set to go back to: data stays as the migrator left it")
+        data = "no snapshot set to go back to: data stays as the migrator left it"
+        return Recovery("undo", False, "rolled_back", "the migrator had begun", data)
     if restore == "never":
-        return Recovery("undo", False, "rolled_back", "the migrator had begun", "data stays as the migrator left it: delivery_restore is 'never'")
+        data = "data stays as the migrator left it: delivery_restore is 'never'"
+        return Recovery("undo", False, "rolled_back", "the migrator had begun", data)
     if restore == "always":
-        return Recovery("undo", True, "rolled_back", "the migrator had begun", "data goes back to the snapshot set: delivery_restore is 'always'")
+        data = "data goes back to the snapshot set: delivery_restore is 'always'"
+        return Recovery("undo", True, "rolled_back", "the migrator had begun", data)
     if migrations == "breaking" and evidence.held:
         return Recovery("undo", True, "rolled_back", "a breaking migration had begun",
                         "data goes back to the snapshot set; writes were held since before it, so none is lost")

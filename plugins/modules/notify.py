@@ -105,6 +105,7 @@ problems:
   sample: ["webhook 1: HTTP 500"]
 """
 
+import functools
 import json
 import smtplib
 import typing as t
@@ -116,13 +117,14 @@ from email.message import EmailMessage
 from ansible.module_utils.basic import AnsibleModule
 
 
-def post(address: str, body: t.Dict[str, t.Any], timeout: float) -> None:
+def post(address: str, body: dict[str, t.Any], timeout: float) -> None:
     """POST ``body`` as JSON; raises ``OSError`` or ``ValueError`` with a reason that does not hold the address."""
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     if request.type not in ("http", "https"):
         raise ValueError("not an http or https address")
     try:
-        with urllib.request.urlopen(request, timeout=timeout):
+        # An opener of its own: this runs in threads, and Ansible's open_url installs one for the whole process.
+        with urllib.request.build_opener().open(request, timeout=timeout):
             return
     except urllib.error.HTTPError as error:
         raise OSError(f"HTTP {error.code}") from None
@@ -130,7 +132,7 @@ def post(address: str, body: t.Dict[str, t.Any], timeout: float) -> None:
         raise OSError(f"{error.reason}") from None
 
 
-def mail(settings: t.Dict[str, t.Any], subject: str, text: str, timeout: float) -> None:
+def mail(settings: dict[str, t.Any], subject: str, text: str, timeout: float) -> None:
     """Send one message to all receivers; raises ``OSError`` or ``smtplib.SMTPException``."""
     message = EmailMessage()
     message["Subject"], message["From"], message["To"] = subject, settings["from"], ", ".join(settings["to"])
@@ -168,13 +170,13 @@ def main() -> None:
         supports_check_mode=True,
     )
     options = module.params
-    jobs: t.List[t.Tuple[str, t.Callable[[], None]]] = []
+    jobs: list[tuple[str, t.Callable[[], None]]] = []
     body = {"text": options["text"], "release": options["release"]}
     for number, address in enumerate(options["webhooks"], 1):
-        jobs.append((f"webhook {number}", lambda address=address: post(address, body, options["timeout"])))
+        jobs.append((f"webhook {number}", functools.partial(post, address, body, options["timeout"])))
     if options["email"].get("to"):
         subject = options["subject"] or options["text"].splitlines()[0]
-        jobs.append(("e-mail", lambda: mail(options["email"], subject, options["text"], options["timeout"])))
+        jobs.append(("e-mail", functools.partial(mail, options["email"], subject, options["text"], options["timeout"])))
     if module.check_mode or not jobs:
         module.exit_json(changed=False, sent=0, problems=[])
 
