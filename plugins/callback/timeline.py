@@ -115,6 +115,8 @@ class CallbackModule(DefaultCallback):
             for line in _as_lines(outcome.get("msg")):
                 self._say(line, stamp=False)
             return
+        if task.action == "selfhost.delivery.release" and task.args.get("state") == "step":
+            return  # the journal's own bookkeeping: the step itself has its line
         seconds = time.monotonic() - self._task_began
         changed = bool(outcome.get("changed"))
         if outcome.get("diff") and (self._display_diff(task)):
@@ -191,7 +193,7 @@ class CallbackModule(DefaultCallback):
                 self._say(f"waiting  {self._task_name}  ({time.monotonic() - self._task_began:.0f} s so far)", C.COLOR_VERBOSE)
 
 
-def _parts(result: t.Any) -> t.Tuple[t.Dict[str, t.Any], t.Any]:
+def _parts(result: t.Any) -> tuple[dict[str, t.Any], t.Any]:
     """Result dict and task, by the public names of ansible-core 2.20+ or the older private ones."""
     if hasattr(result, "result"):
         return result.result, result.task
@@ -202,7 +204,7 @@ def _text(value: t.Any) -> str:
     return value.strip("\n") if isinstance(value, str) else str(value)
 
 
-def _as_lines(value: t.Any) -> t.List[str]:
+def _as_lines(value: t.Any) -> list[str]:
     if isinstance(value, (list, tuple)):
         return [line for entry in value for line in _as_lines(entry)]
     return _text(value).splitlines() or [""]
