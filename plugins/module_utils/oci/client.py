@@ -1,0 +1,374 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""One registry: its manifests, blobs and uploads, with every error said in words."""
+
+from __future__ import annotations
+
+import json
+import threading
+import typing as t
+from dataclasses import replace
+from urllib.parse import quote, urlencode, urljoin, urlsplit
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.auth import (
+    Authenticator,
+    find_credentials,
+    parse_challenges,
+    refused_credentials,
+)
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import ACCEPT, Descriptor, Manifest
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import DOCKER_HUB, Reference, digest_of
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Origin, Response, Transport
+
+#: No manifest, token answer or error text is larger than this; registries refuse manifests above 4 MiB.
+_SMALL = 8 * 1024 * 1024
+_HUB_HOST = "registry-1.docker.io"
+
+
+def pull_scope(repository: str) -> str:
+    return f"repository:{repository}:pull"
+
+
+def push_scope(repository: str) -> str:
+    return f"repository:{repository}:pull,push"
+
+
+class RegistryClient:
+    """Talks to one registry; safe to use from several threads. Close it, or use :class:`Registries`."""
+
+    def __init__(self, registry: str, options: ClientOptions) -> None:
+        self.registry = registry
+        self.options = options
+        scheme = "http" if options.plain_http else "https"
+        self._base = f"{scheme}://{_HUB_HOST if registry == DOCKER_HUB else registry}"
+        self._origin = Origin.of(self._base)
+        self.transport = Transport(options)
+        self._auth = Authenticator(registry, lambda: find_credentials(registry, options), self._fetch, allow_plain=options.plain_http)
+        self._lock = threading.Lock()
+        #: Whether the registry has the referrers API; ``None`` until it was asked.
+        self.referrers_api: bool | None = None
+        self._tags: dict[str, frozenset[str] | None] = {}
+
+    def close(self) -> None:
+        self.transport.close()
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        scopes: t.Sequence[str],
+        headers: t.Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        chunks: t.Iterable[t.Any] | None = None,
+        stream: bool = False,
+        retry: bool = True,
+    ) -> Response:
+        """Send a request to ``path`` (or a whole URL) and answer challenges of this registry.
+
+        A body of ``chunks`` cannot be sent twice: when its token has just expired, the request is ``Interrupted`` and
+        the next try has a new one.
+        """
+        url = urljoin(self._base, path)
+        ours = Origin.of(url) == self._origin
+        authorization = self._auth.header(scopes) if ours else None
+        for _round in range(3):
+            values = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
+            response = self.transport.send(method, url, values, body, chunks, stream, None if stream else _SMALL, retry)
+            if response.status != 401 or Origin.of(response.url) != self._origin:
+                return response
+            if stream:
+                response.read_all(_SMALL)
+            authorization = self._auth.answer(parse_challenges(response.headers.get_all("WWW-Authenticate") or []), scopes, authorization)
+            if authorization is None:
+                return response
+            if chunks is not None:
+                raise Interrupted(f"{method} {path}", "the registry wanted a new token in the middle of an upload")
+        return response
+
+    def _fetch(self, method: str, url: str, headers: dict[str, str], body: bytes | None) -> tuple[int, bytes]:
+        response = self.transport.send(method, url, headers, body, limit=_SMALL)
+        return response.status, response.body
+
+    def refusal(self, tried: str, response: Response) -> DeliveryError:
+        """What an answer that is not the hoped-for one means to a person."""
+        said = _said(response)
+        if response.status in (401, 403):
+            return refused_credentials(tried, self.registry, self._auth.credentials, said)
+        if response.status == 400 and b"HTTP request to an HTTPS server" in response.body:
+            return DeliveryError(tried, f"{self.registry} speaks TLS", "Do not set plain_http for it.", "config")
+        return DeliveryError(tried, f"{self.registry} answered {said}", "Look at the registry's log.", "transport", status=response.status)
+
+    # -- manifests -------------------------------------------------------------------------------------------------
+
+    def manifest(self, repository: str, version: str) -> Manifest | None:
+        """The manifest of a tag or digest, checked byte for byte; ``None`` when the registry does not have it."""
+        tried = f"read {self.registry}/{repository}{'@' if ':' in version else ':'}{version}"
+        response = self.request("GET", f"/v2/{repository}/manifests/{version}", [pull_scope(repository)], {"Accept": ACCEPT})
+        if response.status == 404:
+            return None
+        if response.status != 200:
+            raise self.refusal(tried, response)
+        told = response.headers.get("Docker-Content-Digest")
+        return Manifest.parse(response.body, version if ":" in version else told, response.headers.get("Content-Type", ""), tried[5:])
+
+    def resolve(self, reference: Reference) -> Manifest:
+        """The manifest of ``reference``; an unknown one is a ``DeliveryError`` (config)."""
+        found = self.manifest(reference.repository, reference.version)
+        if found is None:
+            kind = "digest" if reference.digest else "tag"
+            raise DeliveryError(
+                f"read {reference}",
+                f"{self.registry} has no {kind} {reference.version} in the repository {reference.repository}",
+                "Check that it was pushed there and is spelled right.",
+                "config",
+                reference=str(reference),
+            )
+        return found
+
+    def put_manifest(self, repository: str, manifest: Manifest, tag: str | None = None) -> Response:
+        """Write ``manifest`` by its digest, or under ``tag``; a registry that makes another digest of it is refused."""
+        version = tag or manifest.digest
+        tried = f"write {self.registry}/{repository}{':' if tag else '@'}{version}"
+        response = self.request(
+            "PUT", f"/v2/{repository}/manifests/{version}", [push_scope(repository)], {"Content-Type": manifest.media_type}, manifest.body
+        )
+        if response.status not in (200, 201, 202):
+            raise self.refusal(tried, response)
+        told = response.headers.get("Docker-Content-Digest")
+        if told and told.split(":")[0] == manifest.digest.split(":")[0] and told != manifest.digest:
+            raise DeliveryError(
+                tried, f"the registry made {told} of {manifest.digest}", "It changes manifests; use one that keeps them.", "transport"
+            )
+        return response
+
+    def tags(self, repository: str) -> frozenset[str] | None:
+        """All tags; ``None`` where the registry does not tell (no right, or no such call)."""
+        found: set[str] = set()
+        path = f"/v2/{repository}/tags/list?n=1000"
+        while path:
+            response = self.request("GET", path, [pull_scope(repository)])
+            if response.status == 404:
+                return frozenset(found)
+            if response.status in (401, 403, 405):
+                return None
+            if response.status != 200:
+                raise self.refusal(f"list the tags of {self.registry}/{repository}", response)
+            found.update(self._json(response, f"the tags of {self.registry}/{repository}").get("tags") or [])
+            path = next_page(response) or ""
+        return frozenset(found)
+
+    def known_tags(self, repository: str) -> frozenset[str] | None:
+        """``tags`` as they were when first asked in this run."""
+        with self._lock:
+            if repository not in self._tags:
+                self._tags[repository] = self.tags(repository)
+            return self._tags[repository]
+
+    def referrers_page(self, path: str, repository: str) -> tuple[list[t.Any], str | None] | None:
+        """One page of the referrers API: descriptors and the path of the next; ``None`` where there is no such API."""
+        response = self.request("GET", path, [pull_scope(repository)], {"Accept": ACCEPT})
+        if response.status in (400, 404, 405, 501):
+            return None
+        if response.status != 200:
+            raise self.refusal(f"list the referrers in {self.registry}/{repository}", response)
+        content = self._json(response, f"the referrers in {self.registry}/{repository}")
+        return list(content.get("manifests") or []), next_page(response)
+
+    def _json(self, response: Response, what: str) -> dict[str, t.Any]:
+        try:
+            content = json.loads(response.body)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise DeliveryError(
+                f"read {what}", f"{self.registry} answered something that is not a JSON object", "Is it a registry?", "transport"
+            )
+        return content
+
+    # -- blobs -----------------------------------------------------------------------------------------------------
+
+    def probe_blob(self, repository: str, blob: Descriptor) -> str:
+        """``present``, ``absent`` or ``damaged``.
+
+        Asks for one byte by GET: HEAD answers from a cache, and says 200 for a blob whose file is gone or cut short.
+        """
+        if blob.size == 0:
+            response = self.request("HEAD", _blob(repository, blob), [pull_scope(repository)])
+            return "present" if response.status == 200 else "absent"
+        # Twice, since one broken body can be the network; two in a row are the blob.
+        for _attempt in range(2):
+            response = self.request("GET", _blob(repository, blob), [pull_scope(repository)], {"Range": "bytes=0-0"}, stream=True)
+            if response.status == 404:
+                response.read_all(_SMALL)
+                return "absent"
+            if response.status not in (200, 206, 416):
+                response.read_all(_SMALL)
+                raise self.refusal(f"look for {blob.digest} in {self.registry}/{repository}", response)
+            try:
+                whole = response.status != 416 and response.readinto(bytearray(1)) == 1 and _whole_size(response) in (blob.size, None)
+            except Interrupted:
+                continue
+            response.close()
+            return "present" if whole else "damaged"
+        return "damaged"
+
+    def open_blob(self, repository: str, blob: Descriptor) -> Response:
+        """Start to read a blob; the caller reads to its end and checks what came."""
+        response = self.request("GET", _blob(repository, blob), [pull_scope(repository)], stream=True)
+        if response.status == 200:
+            return response
+        response.read_all(_SMALL)
+        if response.status == 404:
+            raise DeliveryError(
+                f"read {blob.digest} of {self.registry}/{repository}",
+                "the registry does not have it, though a manifest names it",
+                "Push the image again.",
+                "transport",
+            )
+        raise self.refusal(f"read {blob.digest} of {self.registry}/{repository}", response)
+
+    def read_blob(self, repository: str, blob: Descriptor, limit: int = _SMALL) -> bytes:
+        """A small blob (config, record) as checked bytes."""
+        tried = f"read {blob.digest} of {self.registry}/{repository}"
+        if blob.size > limit:
+            raise DeliveryError(tried, f"it has {blob.size} bytes, more than {limit}", "", "transport")
+        response = self.request("GET", _blob(repository, blob), [pull_scope(repository)])
+        if response.status == 404:
+            raise DeliveryError(tried, "the registry does not have it, though a manifest names it", "Push the image again.", "transport")
+        if response.status != 200:
+            raise self.refusal(tried, response)
+        actual = digest_of(response.body, blob.digest.split(":", 1)[0])
+        if actual != blob.digest:
+            raise DeliveryError(
+                tried, f"its bytes have the digest {actual}", "The blob is damaged in the registry; push the image again.", "transport"
+            )
+        return response.body
+
+    def image_config(self, repository: str, manifest: Manifest) -> dict[str, t.Any]:
+        """The config of a single image; empty where it is not one, as with artifacts."""
+        if manifest.config is None:
+            return {}
+        try:
+            content = json.loads(self.read_blob(repository, manifest.config))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def start_upload(self, repository: str) -> str:
+        """Open an upload and return its address."""
+        tried = f"upload to {self.registry}/{repository}"
+        response = self.request("POST", f"/v2/{repository}/blobs/uploads/", [push_scope(repository)])
+        if response.status != 202:
+            raise self.refusal(tried, response)
+        return self._location(response, tried)
+
+    def mount_blob(self, repository: str, blob: Descriptor, source: str) -> str | None:
+        """Take over a blob from the repository ``source``; ``None`` when that worked, else the address of an upload."""
+        query = urlencode({"mount": blob.digest, "from": source})
+        response = self.request("POST", f"/v2/{repository}/blobs/uploads/?{query}", [push_scope(repository), pull_scope(source)])
+        if response.status == 201:
+            return None
+        if response.status == 202:
+            return self._location(response, f"upload to {self.registry}/{repository}")
+        # Without the right to read the source a registry may refuse the whole request; a plain upload is still open.
+        return self.start_upload(repository)
+
+    def finish_upload(self, repository: str, location: str, blob: Descriptor, chunks: t.Iterable[t.Any]) -> None:
+        """Send the whole blob in one request. ``chunks`` raises when what it reads is wrong; then nothing is stored."""
+        address = location + ("&" if "?" in location else "?") + "digest=" + quote(blob.digest, safe="")
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)}
+        response = self.request("PUT", address, [push_scope(repository)], headers, chunks=chunks)
+        if response.status not in (200, 201, 204):
+            raise self.refusal(f"upload {blob.digest} to {self.registry}/{repository}", response)
+
+    def cancel_upload(self, repository: str, location: str) -> None:
+        """Take back an upload that failed, so that it does not stay on the registry's disk; its failure is no news."""
+        try:
+            self.request("DELETE", location, [push_scope(repository)], retry=False)
+        except DeliveryError:
+            pass
+
+    def push_blob(self, repository: str, data: bytes, media_type: str) -> Descriptor:
+        """Store a small blob of our own unless it is there; return its descriptor."""
+        blob = Descriptor(media_type, digest_of(data), len(data))
+        if self.probe_blob(repository, blob) != "present":
+            self.finish_upload(repository, self.start_upload(repository), blob, [data])
+        return blob
+
+    def _location(self, response: Response, tried: str) -> str:
+        location = response.headers.get("Location")
+        if not location:
+            raise DeliveryError(tried, "the registry opened an upload without an address", "Look at the registry's log.", "transport")
+        url = urljoin(response.url, location)
+        target = Origin.of(url)
+        if self._origin.scheme == "https" and target.scheme == "http":
+            if target.host != self._origin.host:
+                raise DeliveryError(
+                    tried, f"the registry wants the bytes at http://{target.netloc}", "Correct the host setting of the registry.", "config"
+                )
+            # A registry behind a TLS proxy that does not know its own scheme.
+            parts = urlsplit(url)
+            url = urljoin(self._base, parts.path) + (f"?{parts.query}" if parts.query else "")
+        return url
+
+
+class Registries:
+    """One client for each registry and set of options, closed together."""
+
+    def __init__(self) -> None:
+        self._clients: dict[tuple[str, ClientOptions], RegistryClient] = {}
+        self._lock = threading.Lock()
+
+    def client(self, registry: str, options: ClientOptions) -> RegistryClient:
+        with self._lock:
+            # Concurrency is not a property of the connection, so it does not split clients.
+            key = (registry, replace(options, concurrency=1))
+            if key not in self._clients:
+                self._clients[key] = RegistryClient(registry, options)
+            return self._clients[key]
+
+    def __enter__(self) -> Registries:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for client in self._clients.values():
+            client.close()
+
+
+def next_page(response: Response) -> str | None:
+    """The address in a ``Link: <…>; rel="next"`` header."""
+    for part in (response.headers.get("Link") or "").split(","):
+        address, _semicolon, parameters = part.partition(";")
+        address = address.strip()
+        if address.startswith("<") and address.endswith(">") and 'rel="next"' in parameters.replace("rel=next", 'rel="next"'):
+            return urljoin(response.url, address[1:-1])
+    return None
+
+
+def _blob(repository: str, blob: Descriptor) -> str:
+    return f"/v2/{repository}/blobs/{blob.digest}"
+
+
+def _whole_size(response: Response) -> int | None:
+    """Size of the blob as the answer to a range request tells it."""
+    if response.status == 200:
+        text = response.headers.get("Content-Length") or ""
+    else:
+        text = (response.headers.get("Content-Range") or "").rpartition("/")[2]
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _said(response: Response) -> str:
+    """``401 UNAUTHORIZED: authentication required`` from a registry's error body."""
+    try:
+        errors = json.loads(response.body).get("errors")
+        told = "; ".join(f"{error.get('code', '')}: {error.get('message', '')}".strip(": ") for error in errors)
+    except (ValueError, AttributeError, TypeError):
+        told = response.body[:200].decode(errors="replace").strip()
+    return f"{response.status} {told}".strip()

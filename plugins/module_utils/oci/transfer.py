@@ -1,0 +1,605 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Promotion: the same bytes in another place, under another tag.
+
+All images of a call are planned before anything is written, then all blobs are copied, then manifests from the children
+up, then what belongs to them, and the tags last. So a tag never names what is not whole, and a refusal for one image
+leaves the others untouched too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import threading
+import typing as t
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import Registries, RegistryClient
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.info import platforms_of, wrong_platform
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import Descriptor, Manifest, platform_matches, platform_name
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import Reference, check_digest, check_tag, digest_tag
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import COSIGN_SUFFIXES, list_referrers, put_referrers
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted
+
+#: Large reads keep SHA-256 and TLS busy outside the interpreter lock; two buffers a thread.
+_CHUNK = 1024 * 1024
+_T = t.TypeVar("_T")
+_R = t.TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One image to promote. ``tags`` are written in order, the last one last."""
+
+    source: Reference
+    destination: Reference
+    tags: tuple[str, ...]
+    expected_digest: str | None = None
+
+    @classmethod
+    def parse(cls, source: str, destination: str, extra_tags: t.Sequence[str] = (), expected_digest: str | None = None) -> Wish:
+        """Read user input; raises ``DeliveryError`` (config).
+
+        A destination without a tag gets the source's tag. A destination with a digest is one more expectation of it.
+        """
+        origin, target = Reference.parse(source), Reference.parse(destination)
+        if not origin.tag and not origin.digest:
+            raise DeliveryError(
+                f"read the source {source!r}", "it has neither tag nor digest", "Name the one to promote; no tag is assumed.", "config"
+            )
+        for digest in (expected_digest, target.digest):
+            if digest:
+                check_digest(digest)
+        if expected_digest and target.digest and expected_digest != target.digest:
+            raise DeliveryError(
+                f"read the destination {destination!r}",
+                f"its digest is not the expected_digest {expected_digest}",
+                "Give one of the two.",
+                "config",
+            )
+        first = target.tag or (origin.tag if not target.digest else None)
+        tags = [tag for tag in (first, *extra_tags) if tag]
+        return cls(origin, target, tuple(dict.fromkeys(check_tag(tag) for tag in tags)), expected_digest or target.digest)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds for all images of a call. ``platforms`` empty: all of them."""
+
+    platforms: tuple[str, ...] = ()
+    referrers: bool = True
+    immutable_tags: tuple[str, ...] = ("^sha-",)
+    concurrency: int = 4
+
+    def immutable(self, tag: str) -> bool:
+        return any(re.search(pattern, tag) for pattern in self.immutable_tags)
+
+
+@dataclass
+class Outcome:
+    """What a promotion did, or in check mode would do. ``tags_before`` holds a digest or ``None`` for each tag."""
+
+    wish: Wish
+    source_digest: str = ""
+    digest: str = ""
+    media_type: str = ""
+    platforms: list[str] = field(default_factory=list)
+    tags_before: dict[str, str | None] = field(default_factory=dict)
+    manifests: int = 0
+    referrers: int = 0
+    blobs: dict[str, int] = field(default_factory=lambda: {"mounted": 0, "copied": 0, "present": 0})
+    bytes_copied: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        moved = any(before != self.digest for before in self.tags_before.values())
+        return bool(moved or self.manifests or self.referrers or self.blobs["mounted"] or self.blobs["copied"])
+
+    def as_dict(self) -> dict[str, t.Any]:
+        return {
+            "source": str(self.wish.source),
+            "destination": self.wish.destination.name,
+            "reference": f"{self.wish.destination.name}@{self.digest}",
+            "source_digest": self.source_digest,
+            "digest": self.digest,
+            "media_type": self.media_type,
+            "platforms": self.platforms,
+            "tags": list(self.wish.tags),
+            "manifests": self.manifests,
+            "referrers": self.referrers,
+            "blobs": dict(self.blobs),
+            "bytes_copied": self.bytes_copied,
+            "changed": self.changed,
+        }
+
+    def diff(self) -> dict[str, str]:
+        """Tags before and after, and what the destination lacked."""
+        before = [f"{tag}: {digest or 'absent'}" for tag, digest in self.tags_before.items()]
+        after = [f"{tag}: {self.digest}" for tag in self.tags_before]
+        for name, count in (
+            ("manifests", self.manifests),
+            ("blobs", self.blobs["mounted"] + self.blobs["copied"]),
+            ("referrers", self.referrers),
+        ):
+            if count:
+                before.append(f"{name} missing: {count}")
+                after.append(f"{name} missing: 0")
+        header = self.wish.destination.name
+        return {"before_header": header, "after_header": header, "before": "\n".join(before) + "\n", "after": "\n".join(after) + "\n"}
+
+
+def promote(
+    wishes: t.Sequence[Wish], rules: Rules, source: ClientOptions, destination: ClientOptions, check: bool = False
+) -> list[Outcome]:
+    """Promote all ``wishes``; with ``check`` only look. Results are in the order of the wishes.
+
+    Raises ``DeliveryError``: (config) unknown image, platform or credentials; (policy) an immutable tag would move or the digest
+    is not the expected one; (transport) registry, network, damaged bytes.
+    """
+    for pattern in rules.immutable_tags:
+        try:
+            re.compile(pattern)
+        except re.error as exc:
+            raise DeliveryError(
+                f"read the pattern {pattern!r} of immutable_tags", str(exc), "Write a Python regular expression.", "config"
+            ) from exc
+    with Registries() as registries, _Workers(rules.concurrency) as leaves, _Workers(min(rules.concurrency, max(len(wishes), 1))) as images:
+        promotions = [
+            _Promotion(
+                wish,
+                rules,
+                registries.client(wish.source.registry, source),
+                registries.client(wish.destination.registry, destination),
+                leaves,
+            )
+            for wish in wishes
+        ]
+        images.map(lambda promotion: promotion.plan(), promotions)
+        _refuse_collisions(promotions)
+        if not check:
+            _copy_blobs(promotions, leaves)
+            images.map(lambda promotion: promotion.write(), promotions)
+            for promotion in promotions:
+                promotion.move_tags()
+        return [promotion.outcome for promotion in promotions]
+
+
+class _Workers:
+    """A thread pool whose first failure ends the rest."""
+
+    def __init__(self, count: int) -> None:
+        self._pool = ThreadPoolExecutor(count)
+        self.stop = threading.Event()
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.stop.set()
+        self._pool.shutdown(wait=True)
+
+    def map(self, function: t.Callable[[_T], _R], items: t.Iterable[_T]) -> list[_R]:
+        """Results in order. Never called from one of its own threads, so it cannot wait for itself."""
+        futures = [self._pool.submit(function, item) for item in items]
+        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+        failed = [future for future in futures if future in done and future.exception()]
+        if failed:
+            self.stop.set()
+            for future in pending:
+                future.cancel()
+            wait(pending)
+            failed[0].result()
+        return [future.result() for future in futures]
+
+
+@dataclass
+class _Blob:
+    """A blob that the destination lacks. ``damaged``: there, but not whole, so that mounting would only repeat it."""
+
+    promotion: _Promotion
+    descriptor: Descriptor
+    damaged: bool = False
+    mount_from: str = ""
+
+
+class _Promotion:
+    """One image on its way: ``plan`` reads and decides, ``write`` and ``move_tags`` do."""
+
+    def __init__(self, wish: Wish, rules: Rules, source: RegistryClient, destination: RegistryClient, workers: _Workers) -> None:
+        self.wish = wish
+        self.rules = rules
+        self.source = source
+        self.destination = destination
+        self.workers = workers
+        self.source_repo = wish.source.repository
+        self.target_repo = wish.destination.repository
+        self.same_registry = wish.source.registry == wish.destination.registry
+        self.same_repo = wish.source.same_repository(wish.destination)
+        self.outcome = Outcome(wish)
+        self.blobs: list[_Blob] = []
+        self.lock = threading.Lock()
+        self.root: Manifest
+        self._manifests: list[Manifest] = []
+        self._referrers: dict[str, list[Manifest]] = {}
+        self._cosign: list[tuple[str, Manifest]] = []
+
+    # -- plan ------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> None:
+        """Read both sides and decide; nothing is written."""
+        found = self.source.resolve(self.wish.source)
+        self.outcome.source_digest = found.digest
+        tree = self._choose(found)
+        self.root = tree[-1]
+        self.outcome.digest, self.outcome.media_type = self.root.digest, self.root.media_type
+        expected = self.wish.expected_digest
+        if expected and expected not in (found.digest, self.root.digest):
+            raise DeliveryError(
+                f"promote {self.wish.source}",
+                f"its digest is {found.digest}, expected was {expected}",
+                "The tag has moved, or another image was meant.",
+                "policy",
+            )
+        there = self._read_tags()
+        self._manifests = self._missing_manifests(tree, there)
+        needed = list({blob.digest: blob for manifest in tree for blob in manifest.blobs}.values())
+        if self.rules.referrers and not self.same_repo:
+            for subject in tree:
+                needed += self._plan_referrers(subject.digest)
+        self._plan_blobs(list({blob.digest: blob for blob in needed}.values()))
+
+    def _choose(self, found: Manifest) -> list[Manifest]:
+        """The manifests to promote, children first and the one that gets the tags last."""
+        if not found.is_index:
+            if self.rules.platforms:
+                offered = platform_name(self.source.image_config(self.source_repo, found))
+                if not any(platform_matches(wanted, offered) for wanted in self.rules.platforms):
+                    raise wrong_platform(self.wish.source, self.rules.platforms[0], [offered] if offered else [])
+            return [found]
+        children = found.children
+        if self.rules.platforms:
+            chosen = choose_children(self.wish.source, children, self.rules.platforms)
+            if len(chosen) < len(children):
+                images = [child for child in chosen if not child.attested]
+                if len(images) == 1:
+                    # One platform is that platform's own image, with its own digest, as it was built.
+                    return self._read_tree(images)
+                keep = {child.digest for child in chosen}
+                listed = [entry for entry in found.content["manifests"] if entry.get("digest") in keep]
+                found = Manifest.build({**found.content, "mediaType": found.media_type, "manifests": listed})
+                children = chosen
+        self.outcome.platforms = platforms_of(found)
+        return [*self._read_tree(children), found]
+
+    def _read_tree(self, children: list[Descriptor]) -> list[Manifest]:
+        """The manifests behind descriptors of the source, and theirs, children first."""
+        tree: list[Manifest] = []
+        for manifest in self.workers.map(self._read_child, children):
+            tree += self._read_tree(manifest.children) if manifest.is_index else []
+            tree.append(manifest)
+        return list({manifest.digest: manifest for manifest in tree}.values())
+
+    def _read_child(self, child: Descriptor) -> Manifest:
+        manifest = self.source.manifest(self.source_repo, child.digest)
+        if manifest is None:
+            raise DeliveryError(
+                f"promote {self.wish.source}",
+                f"the source lacks {child.digest} ({child.platform or child.media_type}), which its index names",
+                "Push the image again, or promote only the platforms that are there.",
+                "transport",
+            )
+        return manifest
+
+    def _read_tags(self) -> Manifest | None:
+        """Note what each tag names now, refuse to move an immutable one, and return the root where a tag has it."""
+        there = None
+        for tag, present in zip(
+            self.wish.tags, self.workers.map(lambda tag: self.destination.manifest(self.target_repo, tag), self.wish.tags)
+        ):
+            self.outcome.tags_before[tag] = present.digest if present else None
+            if present and present.digest == self.root.digest:
+                there = present
+            elif present:
+                self._refuse_to_move(tag, present.digest)
+        return there
+
+    def _refuse_to_move(self, tag: str, present: str) -> None:
+        if self.rules.immutable(tag):
+            raise DeliveryError(
+                f"promote {self.wish.source} to {self.wish.destination.name}:{tag}",
+                f"the tag is immutable and names {present}, which is not {self.root.digest}",
+                "Build under a new tag; an immutable tag never means two images.",
+                "policy",
+                present_digest=present,
+                digest=self.root.digest,
+            )
+
+    def _missing_manifests(self, tree: list[Manifest], there: Manifest | None) -> list[Manifest]:
+        def missing(manifest: Manifest) -> bool:
+            if there and manifest.digest == there.digest:
+                return False
+            if self.same_repo and (manifest is not self.root or manifest.digest == self.outcome.source_digest):
+                return False
+            return self.destination.manifest(self.target_repo, manifest.digest) is None
+
+        absent = [manifest for manifest, gone in zip(tree, self.workers.map(missing, tree)) if gone]
+        self.outcome.manifests = len(absent)
+        return absent
+
+    def _plan_blobs(self, needed: list[Descriptor]) -> None:
+        """Ask the destination for every blob: a manifest that is there says nothing about its layers."""
+        # In one registry a mount is one request whether the blob is there or not, so a new image is not asked for first.
+        fresh = self.same_registry and not self.same_repo and self.outcome.manifests > 0
+        if fresh:
+            self.blobs = [_Blob(self, blob, mount_from=self.source_repo) for blob in needed]
+            self.outcome.blobs["mounted"] = len(needed)
+            return
+        states = self.workers.map(lambda blob: self.destination.probe_blob(self.target_repo, blob), needed)
+        for blob, state in zip(needed, states):
+            if state == "present":
+                self.outcome.blobs["present"] += 1
+            elif self.same_repo:
+                raise DeliveryError(
+                    f"promote {self.wish.source}",
+                    f"its blob {blob.digest} is {state} in the registry",
+                    "The image is broken there; push it again.",
+                    "transport",
+                )
+            else:
+                mount = self.source_repo if self.same_registry and state == "absent" else ""
+                self.blobs.append(_Blob(self, blob, state == "damaged", mount))
+                self.outcome.blobs["mounted" if mount else "copied"] += 1
+                self.outcome.bytes_copied += 0 if mount else blob.size
+
+    def _plan_referrers(self, subject: str) -> list[Descriptor]:
+        """What belongs to ``subject`` and is not at the destination yet; returns all blobs it consists of."""
+        needed: list[Descriptor] = []
+        listed = self._listed(self.source, self.source_repo, subject)
+        here = self._listed(self.destination, self.target_repo, subject) if listed else set()
+        for digest in sorted(listed):
+            manifest = self.source.manifest(self.source_repo, digest)
+            if manifest is None or manifest.subject != subject or manifest.is_index:
+                self.outcome.warnings.append(f"{self.wish.source}: its referrer {digest} is not there or not its own; left out")
+                continue
+            needed += manifest.blobs
+            if digest not in here or self.destination.manifest(self.target_repo, digest) is None:
+                self._referrers.setdefault(subject, []).append(manifest)
+                self.outcome.referrers += 1
+            # A signature of an SBOM belongs to the SBOM. Digests cannot form a circle, so this ends.
+            needed += self._plan_referrers(digest)
+        for suffix in COSIGN_SUFFIXES:
+            needed += self._plan_cosign(digest_tag(subject, suffix))
+        return needed
+
+    def _plan_cosign(self, tag: str) -> list[Descriptor]:
+        manifest = self._tagged(self.source, self.source_repo, tag)
+        if manifest is None or manifest.is_index:
+            return []
+        present = self._tagged(self.destination, self.target_repo, tag)
+        if present is None or present.digest != manifest.digest:
+            if present and not {blob.digest for blob in present.blobs[1:]} <= {blob.digest for blob in manifest.blobs[1:]}:
+                self.outcome.warnings.append(
+                    f"{self.wish.destination.name}:{tag} holds signatures that the source does not have; left as it is"
+                )
+                return []
+            self._cosign.append((tag, manifest))
+            self.outcome.referrers += 1
+        return manifest.blobs
+
+    @staticmethod
+    def _listed(client: RegistryClient, repository: str, subject: str) -> set[str]:
+        if client.referrers_api is False:
+            tags = client.known_tags(repository)
+            prefix = digest_tag(subject)
+            if tags is not None and not any(tag == prefix or tag.startswith(f"{prefix}.") for tag in tags):
+                return set()
+        return {item.digest for item in list_referrers(client, repository, subject)}
+
+    @staticmethod
+    def _tagged(client: RegistryClient, repository: str, tag: str) -> Manifest | None:
+        # Without the API the tags have been listed already: three questions less for each manifest.
+        tags = client.known_tags(repository) if client.referrers_api is False else None
+        return client.manifest(repository, tag) if tags is None or tag in tags else None
+
+    # -- write -----------------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        """Manifests by digest, children first, then what belongs to them. The blobs are there already."""
+        for manifest in self._manifests:
+            self.destination.put_manifest(self.target_repo, manifest)
+        for subject, manifests in self._referrers.items():
+            put_referrers(self.destination, self.target_repo, subject, manifests)
+        for tag, manifest in self._cosign:
+            self.destination.put_manifest(self.target_repo, manifest, tag=tag)
+
+    def move_tags(self) -> None:
+        """Write the tags that do not name the image yet, and read every one back."""
+        for tag, before in self.outcome.tags_before.items():
+            if before == self.root.digest:
+                continue
+            if self.rules.immutable(tag):
+                # Somebody may have written it since the plan.
+                present = self.destination.manifest(self.target_repo, tag)
+                if present and present.digest != self.root.digest:
+                    self._refuse_to_move(tag, present.digest)
+            self.destination.put_manifest(self.target_repo, self.root, tag=tag)
+        if not self.outcome.changed:
+            return
+        for version in self.wish.tags or (self.root.digest,):
+            written = self.destination.manifest(self.target_repo, version)
+            if written is None or written.digest != self.root.digest:
+                raise DeliveryError(
+                    f"promote {self.wish.source} to {self.wish.destination.name}",
+                    f"read back, {version} names {written.digest if written else 'nothing'} and not {self.root.digest}",
+                    "Somebody else writes this tag, or the registry does not keep what it accepts.",
+                    "transport",
+                )
+
+
+# -- blobs ---------------------------------------------------------------------------------------------------------
+
+
+def _copy_blobs(promotions: t.Sequence[_Promotion], workers: _Workers) -> None:
+    """Copy all missing blobs side by side, the largest first; a blob that several images need travels once."""
+    groups: dict[tuple[int, str], list[_Blob]] = {}
+    for promotion in promotions:
+        promotion.outcome.blobs.update(mounted=0, copied=0)
+        promotion.outcome.bytes_copied = 0
+        for blob in promotion.blobs:
+            groups.setdefault((id(promotion.destination), blob.descriptor.digest), []).append(blob)
+    ordered = sorted(groups.values(), key=lambda group: group[0].descriptor.size, reverse=True)
+    workers.map(lambda group: _place(group, workers.stop), ordered)
+
+
+def _place(group: list[_Blob], stop: threading.Event) -> None:
+    """Bring one blob to all repositories of one registry that lack it."""
+    home = ""
+    for blob in group:
+        promotion = blob.promotion
+        if home == promotion.target_repo:
+            # Two images of this call go to one repository.
+            _count(promotion, "present")
+            continue
+        mount_from = blob.mount_from or (home if not blob.damaged else "")
+        copied = _with_retries(promotion, blob, mount_from, stop)
+        if copied is None or blob.damaged:
+            # No byte of a mounted blob was seen, and a registry may keep the damaged file: ask for it.
+            state = promotion.destination.probe_blob(promotion.target_repo, blob.descriptor)
+            if state != "present":
+                raise DeliveryError(
+                    f"place {blob.descriptor.digest} in {promotion.wish.destination.name}",
+                    f"the registry took it, and it is {state} there",
+                    "Its storage is damaged: restart it, delete that blob there, then run again.",
+                    "transport",
+                )
+        _count(promotion, "mounted" if copied is None else "copied", copied or 0)
+        home = promotion.target_repo
+
+
+def _count(promotion: _Promotion, what: str, size: int = 0) -> None:
+    with promotion.lock:
+        promotion.outcome.blobs[what] += 1
+        promotion.outcome.bytes_copied += size
+
+
+def _with_retries(promotion: _Promotion, blob: _Blob, mount_from: str, stop: threading.Event) -> int | None:
+    attempt = 0
+    while True:
+        try:
+            return _copy(promotion, blob.descriptor, mount_from, stop)
+        except Interrupted:
+            delay = promotion.destination.transport.policy.delay(attempt)
+            if delay is None:
+                raise
+            attempt += 1
+            stop.wait(delay)
+
+
+def _copy(promotion: _Promotion, blob: Descriptor, mount_from: str, stop: threading.Event) -> int | None:
+    """Mount or stream one blob; returns the bytes sent, ``None`` when it was mounted."""
+    repository, target = promotion.target_repo, promotion.destination
+    location = target.mount_blob(repository, blob, mount_from) if mount_from else ""
+    if location is None:
+        return None
+    try:
+        # The first chunk comes before the upload is opened: a registry cannot be made to forget an upload that breaks
+        # off, so what is small and wrong, or not there at all, should not begin one.
+        chunks = _checked_chunks(promotion, blob, stop)
+        first = next(chunks, memoryview(b""))
+        location = location or target.start_upload(repository)
+        target.finish_upload(repository, location, blob, itertools.chain((first,), chunks))
+    except BaseException:
+        if location:
+            target.cancel_upload(repository, location)
+        raise
+    return blob.size
+
+
+def _checked_chunks(promotion: _Promotion, blob: Descriptor, stop: threading.Event) -> t.Iterator[memoryview]:
+    """Read a blob of the source, each byte hashed on its way.
+
+    The last chunk is only handed out once the whole is known to be right, so a destination never gets all bytes of a wrong blob.
+    """
+    tried = f"copy {blob.digest} of {promotion.wish.source}"
+    algorithm, expected = blob.digest.split(":", 1)
+    state = hashlib.new(algorithm)
+    response = promotion.source.open_blob(promotion.source_repo, blob)
+    buffers = (bytearray(min(_CHUNK, blob.size)), bytearray(min(_CHUNK, blob.size)))
+    held = memoryview(b"")
+    total = turn = 0
+    try:
+        while total < blob.size:
+            if stop.is_set():
+                raise DeliveryError(tried, "another part of the promotion failed", "", "transport")
+            window = memoryview(buffers[turn])[: min(_CHUNK, blob.size - total)]
+            filled = 0
+            while filled < len(window):
+                count = response.readinto(window[filled:])
+                if not count:
+                    raise Interrupted(
+                        tried,
+                        f"the source sent {total + filled} of {blob.size} bytes",
+                        "The blob is cut short there, or the network broke.",
+                    )
+                filled += count
+            state.update(window)
+            total += filled
+            if held:
+                yield held
+            held, turn = window, 1 - turn
+        if response.readinto(bytearray(1)):
+            raise DeliveryError(
+                tried, f"the source sends more than the {blob.size} bytes that the manifest names", "Push the image again.", "transport"
+            )
+        if state.hexdigest() != expected:
+            raise DeliveryError(
+                tried,
+                f"its bytes have the digest {algorithm}:{state.hexdigest()}",
+                "The blob is damaged at the source; push the image again. Nothing was tagged.",
+                "transport",
+                blob=blob.digest,
+            )
+        if held:
+            yield held
+    finally:
+        response.close()
+
+
+# -- platforms -----------------------------------------------------------------------------------------------------
+
+
+def choose_children(reference: Reference, children: t.Sequence[Descriptor], platforms: t.Sequence[str]) -> list[Descriptor]:
+    """The children for ``platforms`` with their attestations, in the index's order; a platform that is not offered is refused."""
+    chosen: set[str] = set()
+    for wanted in platforms:
+        found = {child.digest for child in children if not child.attested and platform_matches(wanted, child.platform)}
+        if not found:
+            raise wrong_platform(reference, wanted, sorted({child.platform for child in children if child.platform and not child.attested}))
+        chosen |= found
+    return [child for child in children if child.digest in chosen or child.attested in chosen]
+
+
+# -- several at once -----------------------------------------------------------------------------------------------
+
+
+def _refuse_collisions(promotions: t.Sequence[_Promotion]) -> None:
+    """Two different images for one tag: whichever came last would win."""
+    seen: dict[str, _Promotion] = {}
+    for promotion in promotions:
+        for tag in promotion.wish.tags:
+            other = seen.setdefault(f"{promotion.wish.destination.name}:{tag}", promotion)
+            if other.root.digest != promotion.root.digest:
+                raise DeliveryError(
+                    f"promote to {promotion.wish.destination.name}:{tag}",
+                    f"{other.wish.source} and {promotion.wish.source} are both named for it and differ",
+                    "Give them different tags or repositories.",
+                    "config",
+                )

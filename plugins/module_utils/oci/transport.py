@@ -1,0 +1,403 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""HTTP/1.1 over kept-alive connections: origins, TLS, proxies, redirects, and what may be asked again.
+
+Several connections with one request each beat one multiplexed connection as soon as there is a round trip to wait
+for, so this is plain ``http.client`` with a pool that threads share.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import http.client
+import ipaddress
+import os
+import random
+import socket
+import ssl
+import threading
+import time
+import typing as t
+import urllib.request
+from dataclasses import dataclass
+from urllib.parse import unquote, urljoin, urlsplit
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
+
+RETRY_STATUSES = frozenset((408, 429, 500, 502, 503, 504))
+#: Longest wait, in seconds, that a registry may ask of us before it counts as not available.
+LONGEST_WAIT = 60.0
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_MAX_REDIRECTS = 5
+USER_AGENT = "selfhost.delivery"
+
+_TIMEOUTS = (TimeoutError, socket.timeout)  # noqa: UP041 - two classes before Python 3.10
+
+
+class Interrupted(DeliveryError):
+    """The network or the other side failed in a way that may be gone when asked again."""
+
+    def __init__(self, tried: str, seen: str, remedy: str = "", **details: t.Any) -> None:
+        super().__init__(tried, seen, remedy, "transport", **details)
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How long to wait before asking again. ``retries`` is the budget of one request."""
+
+    retries: int
+    base: float = 0.2
+    ceiling: float = 10.0
+
+    def delay(self, attempt: int, retry_after: str | None = None) -> float | None:
+        """Seconds to wait after failure number ``attempt`` (from 0), or ``None`` to give up.
+
+        ``Retry-After`` is kept to where it is a number of seconds and not above ``LONGEST_WAIT``.
+        """
+        if attempt >= self.retries:
+            return None
+        backoff = min(self.ceiling, self.base * 2**attempt) * random.uniform(0.5, 1.0)
+        asked = parse_retry_after(retry_after)
+        if asked is None:
+            return backoff
+        return None if asked > LONGEST_WAIT else max(asked, backoff)
+
+
+def parse_retry_after(value: str | None) -> float | None:
+    """Seconds of a ``Retry-After`` header; ``None`` for a missing header, a date or nonsense."""
+    text = (value or "").strip()
+    return float(text) if text.isascii() and text.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a connection goes. Credentials for one origin are never sent to another."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @classmethod
+    def of(cls, url: str) -> Origin:
+        parts = urlsplit(url)
+        return cls(parts.scheme, (parts.hostname or "").lower(), parts.port or (443 if parts.scheme == "https" else 80))
+
+    @property
+    def netloc(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.scheme == "https" else 80) else f"{host}:{self.port}"
+
+
+class Response:
+    """An answer. A streamed one must be read or closed; others are read already (``body``)."""
+
+    def __init__(self, raw: http.client.HTTPResponse, url: str, release: t.Callable[[bool], None]) -> None:
+        self._raw = raw
+        self._release: t.Callable[[bool], None] | None = release
+        self.url = url
+        self.status = raw.status
+        self.headers = raw.headers
+        self.body = b""
+
+    def readinto(self, buffer: t.Any) -> int:
+        """Fill a part of ``buffer``; 0 at the end. Raises ``Interrupted`` when the connection breaks."""
+        try:
+            count = self._raw.readinto(buffer)
+        except (OSError, http.client.HTTPException) as exc:
+            self.close()
+            raise Interrupted(f"read {without_query(self.url)}", describe(exc)) from exc
+        if not count and len(buffer):
+            self._check_end()
+        return count
+
+    def read_all(self, limit: int | None = None) -> bytes:
+        """The whole body, the connection given back; more than ``limit`` bytes is a ``DeliveryError``."""
+        try:
+            self.body = self._raw.read() if limit is None else self._raw.read(limit + 1)
+            if limit is not None and len(self.body) > limit:
+                raise DeliveryError(f"read {without_query(self.url)}", f"the answer is larger than {limit} bytes", "", "transport")
+            self._check_end()
+        except (OSError, http.client.HTTPException) as exc:
+            raise Interrupted(f"read {without_query(self.url)}", describe(exc)) from exc
+        finally:
+            self.close()
+        return self.body
+
+    def _check_end(self) -> None:
+        # Reads with a bound tell of a broken connection only by what is left.
+        left = self._raw.length
+        if left:
+            self.close()
+            raise Interrupted(f"read {without_query(self.url)}", f"the connection broke off {left} bytes before the end")
+
+    def close(self) -> None:
+        """Give the connection back, or drop it when the body was not read to its end."""
+        release, self._release = self._release, None
+        if release:
+            whole = self._raw.isclosed() and not self._raw.will_close
+            self._raw.close()
+            release(whole)
+
+
+class Transport:
+    """Connections to any number of origins; safe to use from several threads."""
+
+    def __init__(self, options: ClientOptions) -> None:
+        self._options = options
+        self._lock = threading.Lock()
+        self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
+        self._tls: ssl.SSLContext | None = None
+        self.policy = RetryPolicy(options.retries)
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection in connections:
+                connection.close()
+
+    def send(
+        self,
+        method: str,
+        url: str,
+        headers: t.Mapping[str, str],
+        body: bytes | None = None,
+        chunks: t.Iterable[t.Any] | None = None,
+        stream: bool = False,
+        limit: int | None = None,
+        retry: bool = True,
+    ) -> Response:
+        """Send one request, follow redirects of GET and HEAD, and ask again what may be asked again.
+
+        ``chunks`` is a body that exists once, so such a request is never repeated here. An answer that asks for
+        patience (408, 429, 5xx) comes back as ``Interrupted`` when the budget is used up; every other status is the caller's to judge.
+        """
+        attempt = 0
+        while True:
+            retry_after = None
+            try:
+                response = self._follow(method, url, headers, body, chunks, stream)
+                if response.status not in RETRY_STATUSES:
+                    if not stream:
+                        response.read_all(limit)
+                    return response
+                retry_after = response.headers.get("Retry-After")
+                response.read_all()
+                failure = Interrupted(
+                    f"{method} {without_query(url)}",
+                    f"the registry answered {response.status} {response.body[:200].decode(errors='replace').strip()}".rstrip(),
+                    f"It asks for {retry_after} seconds of patience."
+                    if parse_retry_after(retry_after)
+                    else "Look at the registry's log, then run again.",
+                )
+            except Interrupted as exc:
+                failure = exc
+            delay = self.policy.delay(attempt, retry_after) if retry and chunks is None else None
+            if delay is None:
+                raise failure
+            attempt += 1
+            time.sleep(delay)
+
+    def _follow(
+        self, method: str, url: str, headers: t.Mapping[str, str], body: bytes | None, chunks: t.Iterable[t.Any] | None, stream: bool
+    ) -> Response:
+        own = Origin.of(url)
+        current, sent = url, dict(headers)
+        for _hop in range(_MAX_REDIRECTS + 1):
+            response = self._once(method, current, sent, body, chunks)
+            location = response.headers.get("Location")
+            if response.status not in _REDIRECTS or method not in ("GET", "HEAD") or not location:
+                return response
+            response.read_all()
+            current = urljoin(current, location)
+            target = Origin.of(current)
+            if target.scheme not in ("http", "https") or (target.scheme == "http" and not self._options.plain_http):
+                raise DeliveryError(
+                    f"read {without_query(url)}",
+                    f"the registry sends us on to {target.scheme}://{target.netloc}",
+                    "Correct the redirect in the registry's storage settings.",
+                    "config",
+                )
+            if target != own:
+                sent.pop("Authorization", None)
+        raise DeliveryError(
+            f"read {without_query(url)}",
+            f"it is redirected more than {_MAX_REDIRECTS} times",
+            "Correct the registry's storage settings.",
+            "config",
+        )
+
+    def _once(self, method: str, url: str, headers: t.Mapping[str, str], body: bytes | None, chunks: t.Iterable[t.Any] | None) -> Response:
+        origin = Origin.of(url)
+        parts = urlsplit(url)
+        proxy = proxy_for(origin)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        values = {"User-Agent": USER_AGENT, **headers}
+        if proxy and origin.scheme == "http":
+            target = f"http://{origin.netloc}{target}"
+            values.update(_proxy_headers(proxy))
+        while True:
+            connection, fresh = self._connection(origin, proxy)
+            try:
+                raw = self._exchange(connection, method, target, values, body, chunks)
+            except (OSError, http.client.HTTPException) as exc:
+                connection.close()
+                # The server may have closed a kept-alive connection a moment before we used it: not a failure yet.
+                if not fresh and chunks is None and not isinstance(exc, _TIMEOUTS):
+                    continue
+                raise self._failure(method, url, origin, exc) from exc
+            except BaseException:
+                connection.close()
+                raise
+            return Response(raw, url, functools.partial(self._give_back, origin, connection))
+
+    def _exchange(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        target: str,
+        headers: t.Mapping[str, str],
+        body: bytes | None,
+        chunks: t.Iterable[t.Any] | None,
+    ) -> http.client.HTTPResponse:
+        try:
+            connection.request(method, target, body=chunks if chunks is not None else body, headers=dict(headers))
+        except (BrokenPipeError, ConnectionResetError) as exc:
+            # A server that refuses a body answers and closes while we still send: its answer says more than the broken pipe.
+            try:
+                return connection.getresponse()
+            except (OSError, http.client.HTTPException):
+                raise exc from None
+        return connection.getresponse()
+
+    def _connection(self, origin: Origin, proxy: str | None) -> tuple[http.client.HTTPConnection, bool]:
+        with self._lock:
+            idle = self._idle.get(origin)
+            if idle:
+                return idle.pop(), False
+        connection: http.client.HTTPConnection
+        via = Origin.of(proxy) if proxy else origin
+        if origin.scheme == "https":
+            connection = http.client.HTTPSConnection(via.host, via.port, timeout=self._options.timeout, context=self._context())
+            if proxy:
+                connection.set_tunnel(origin.host, origin.port, headers=_proxy_headers(proxy))
+        else:
+            connection = http.client.HTTPConnection(via.host, via.port, timeout=self._options.timeout)
+        return connection, True
+
+    def _give_back(self, origin: Origin, connection: http.client.HTTPConnection, whole: bool) -> None:
+        if whole:
+            with self._lock:
+                self._idle.setdefault(origin, []).append(connection)
+        else:
+            connection.close()
+
+    def _context(self) -> ssl.SSLContext:
+        with self._lock:
+            if self._tls is None:
+                self._tls = _tls_context(self._options)
+            return self._tls
+
+    def _failure(self, method: str, url: str, origin: Origin, exc: Exception) -> DeliveryError:
+        tried = f"reach the registry {origin.netloc}"
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return DeliveryError(
+                tried,
+                f"its certificate is not accepted ({exc.verify_message or exc.reason})",
+                "Name the CA that signed it in ca_path, or give the registry a certificate for this name.",
+                "config",
+            )
+        if isinstance(exc, ssl.SSLError) and exc.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+            return DeliveryError(
+                tried, "it does not speak TLS", "Set plain_http if it is meant to be reached without encryption.", "config"
+            )
+        if isinstance(exc, socket.gaierror):
+            return Interrupted(tried, f"the name {origin.host} is not known ({exc.strerror})", "Correct the name, or look at DNS.")
+        if isinstance(exc, ConnectionRefusedError):
+            return Interrupted(tried, "nothing listens there (connection refused)", "Start the registry, or correct the address.")
+        if isinstance(exc, _TIMEOUTS):
+            return Interrupted(tried, f"no answer within {self._options.timeout:g} seconds", "Look at the network and the registry.")
+        return Interrupted(f"{method} {without_query(url)}", describe(exc), "Look at the network and the registry, then run again.")
+
+
+def _tls_context(options: ClientOptions) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if options.ca_path:
+        try:
+            if os.path.isdir(options.ca_path):
+                context.load_verify_locations(capath=options.ca_path)
+            else:
+                context.load_verify_locations(cafile=options.ca_path)
+        except (OSError, ssl.SSLError) as exc:
+            reason = "it does not exist" if isinstance(exc, FileNotFoundError) else f"no certificate can be read from it ({describe(exc)})"
+            raise DeliveryError(
+                f"load the CA {options.ca_path}", reason, "Correct ca_path: a PEM file or a directory of hashed ones.", "config"
+            ) from exc
+    if not options.validate_certs:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def proxy_for(origin: Origin) -> str | None:
+    """The proxy that the environment names for ``origin``; never one for this machine itself."""
+    if _is_loopback(origin.host):
+        return None
+    proxies = urllib.request.getproxies_environment()
+    proxy = proxies.get(origin.scheme) or proxies.get("all")
+    if not proxy or _bypassed(f"{origin.host}:{origin.port}", proxies):
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    parts = urlsplit(proxy)
+    if parts.scheme != "http" or not parts.hostname:
+        raise DeliveryError(
+            f"use the proxy of {origin.scheme}_proxy",
+            f"it is a {parts.scheme} proxy",
+            "Only http:// proxies can be used; or name the registry in no_proxy.",
+            "config",
+        )
+    return proxy
+
+
+def _bypassed(address: str, proxies: dict[str, str]) -> bool:
+    # Typeshed does not know this function of urllib, which reads no_proxy the way everybody does.
+    return bool(getattr(urllib.request, "proxy_bypass_environment")(address, proxies))  # noqa: B009
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _proxy_headers(proxy: str) -> dict[str, str]:
+    parts = urlsplit(proxy)
+    if not parts.username:
+        return {}
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+
+
+def describe(exc: BaseException) -> str:
+    """An exception of the network in a few words, without its Python name where the system has better ones."""
+    if isinstance(exc, http.client.RemoteDisconnected):
+        return "the connection was closed before an answer came"
+    if isinstance(exc, http.client.IncompleteRead):
+        return f"the connection broke off after {len(exc.partial)} bytes of the body"
+    if isinstance(exc, _TIMEOUTS):
+        return "no data came in time"
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror
+    return str(exc) or type(exc).__name__
+
+
+def without_query(url: str) -> str:
+    """``url`` as it may be shown: the query can hold signatures and upload state."""
+    return url.split("?", 1)[0]

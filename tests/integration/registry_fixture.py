@@ -1,0 +1,204 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Real registries for tests: the distribution's program, one process and one directory each, on loopback.
+
+A test file says ``from registry_fixture import registries  # noqa: F401 # pylint: disable=unused-import`` and then, with
+that fixture, ``registry = registries(htpasswd=True, tls=True)``. Outside pytest: :func:`start_registry` and ``stop()``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import time
+import typing as t
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ("docker-registry", "registry")
+USERNAME, PASSWORD = "ci", "correct horse battery"
+_START_TIMEOUT = 20.0
+
+
+class Registry:
+    """A running registry. ``address`` is ``host:port``; ``ca_path`` is set with TLS, ``username`` and ``password`` with htpasswd."""
+
+    def __init__(self, directory: Path, config: dict[str, t.Any], tls: bool, htpasswd: bool) -> None:
+        self.directory = directory
+        self.storage = directory / "storage"
+        self.ca_path = str(directory / "ca.pem") if tls else None
+        self.tls = tls
+        self.username = USERNAME if htpasswd else None
+        self.password = PASSWORD if htpasswd else None
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self.address = ""
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.address}"
+
+    @property
+    def options(self) -> dict[str, t.Any]:
+        """Module options that reach it."""
+        found: dict[str, t.Any] = {"ca_path": self.ca_path} if self.tls else {"plain_http": True}
+        if self.username:
+            found.update(username=self.username, password=self.password)
+        return found
+
+    def start(self) -> None:
+        """Start it, after ``stop`` at the same address with what it stored."""
+        log = self.directory / "log"
+        log.write_bytes(b"")
+        config = self.directory / "config.yml"
+        config.write_text(json.dumps(self._config))
+        with log.open("wb") as sink:
+            self._process = subprocess.Popen([_program(), "serve", str(config)], stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + _START_TIMEOUT
+        while not self._answers(log.read_text(errors="replace")):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise RuntimeError(f"the registry did not start:\n{log.read_text(errors='replace')}")
+            time.sleep(0.02)
+        self._config["http"]["addr"] = self.address
+
+    def _answers(self, log: str) -> bool:
+        # It chose its port itself, so no other process can have taken it meanwhile.
+        match = re.search(r"listening on (?:127\.0\.0\.1|\[::\]):(\d+)", log)
+        if not match:
+            return False
+        self.address = f"127.0.0.1:{match.group(1)}"
+        try:
+            urllib.request.urlopen(f"{self.url}/v2/", timeout=5, context=ssl._create_unverified_context() if self.tls else None).close()
+        except urllib.error.HTTPError as exc:
+            return exc.code == 401
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def blob_file(self, digest: str) -> Path:
+        """Where the bytes of a blob or manifest lie."""
+        value = digest.split(":", 1)[1]
+        return self.storage / "docker/registry/v2/blobs/sha256" / value[:2] / value / "data"
+
+    def blob_link(self, repository: str, digest: str) -> Path:
+        """What makes a blob part of a repository."""
+        return self.storage / "docker/registry/v2/repositories" / repository / "_layers/sha256" / digest.split(":", 1)[1] / "link"
+
+    def snapshot(self) -> dict[str, bytes]:
+        """All files it has stored, to see whether anything was written. Uploads in progress count too."""
+        return {str(path.relative_to(self.storage)): path.read_bytes() for path in sorted(self.storage.rglob("*")) if path.is_file()}
+
+
+def start_registry(
+    directory: Path,
+    htpasswd: bool = False,
+    tls: bool = False,
+    relative_urls: bool = False,
+    token: dict[str, str] | None = None,
+    cache: bool = False,
+) -> Registry:
+    """Start a registry in the new ``directory``, with deletion enabled.
+
+    ``htpasswd``: user and password are ``USERNAME`` and ``PASSWORD``. ``tls``: with a certificate for 127.0.0.1 and localhost by a CA of
+    its own. ``relative_urls``: uploads are answered without a host. ``token``: the ``auth.token`` section of its configuration.
+    ``cache``: descriptors are kept in memory, as most installations do; such a registry answers HEAD for blobs that are gone.
+    """
+    directory.mkdir(parents=True)
+    (directory / "storage").mkdir()
+    config: dict[str, t.Any] = {
+        "version": 0.1,
+        "log": {"level": "info", "accesslog": {"disabled": False}},
+        "storage": {"filesystem": {"rootdirectory": str(directory / "storage")}, "delete": {"enabled": True}},
+        "http": {"addr": "127.0.0.1:0", "relativeurls": relative_urls},
+    }
+    if cache:
+        config["storage"]["cache"] = {"blobdescriptor": "inmemory"}
+    if htpasswd:
+        _need("htpasswd", "apache2-utils")
+        hashed = subprocess.run(["htpasswd", "-inBC", "5", USERNAME], input=PASSWORD, capture_output=True, text=True, check=True).stdout
+        (directory / "htpasswd").write_text(hashed)
+        config["auth"] = {"htpasswd": {"realm": "test", "path": str(directory / "htpasswd")}}
+    if token:
+        config["auth"] = {"token": token}
+    if tls:
+        make_certificate(directory)
+        config["http"]["tls"] = {"certificate": str(directory / "server.pem"), "key": str(directory / "server.key")}
+    return Registry(directory, config, tls, htpasswd)
+
+
+def make_certificate(directory: Path) -> None:
+    """``ca.pem``, ``server.pem`` and ``server.key`` for 127.0.0.1 and localhost."""
+    _need("openssl", "openssl")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True)
+
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", f"/CN=test CA {os.urandom(4).hex()}")
+    openssl("req", *curve, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
+    (directory / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    openssl(
+        "x509",
+        "-req",
+        "-in",
+        "server.csr",
+        "-CA",
+        "ca.pem",
+        "-CAkey",
+        "ca.key",
+        "-CAcreateserial",
+        "-days",
+        "2",
+        "-extfile",
+        "san",
+        "-out",
+        "server.pem",
+    )
+
+
+def _program() -> str:
+    for name in PROGRAMS:
+        found = shutil.which(name)
+        if found:
+            return found
+    pytest.fail("these tests need a registry: install the package docker-registry (program docker-registry or registry)")
+
+
+def _need(program: str, package: str) -> None:
+    if shutil.which(program) is None:
+        pytest.fail(f"these tests need {program}: install the package {package}")
+
+
+@pytest.fixture
+def registries(tmp_path: Path) -> t.Iterator[t.Callable[..., Registry]]:
+    """Starts registries with the options of :func:`start_registry`; stops them after the test."""
+    running: list[Registry] = []
+
+    def start(**options: t.Any) -> Registry:
+        running.append(start_registry(tmp_path / f"registry{len(running)}", **options))
+        return running[-1]
+
+    yield start
+    for registry in running:
+        registry.stop()
