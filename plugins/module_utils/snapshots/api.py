@@ -1,0 +1,203 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""What the kopia_* and restic_* modules are: one argument spec and one function for each pair of twins."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import typing as t
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import restore as restoring
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import sets
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import (
+    Settings,
+    SnapshotEngine,
+    engine_from,
+    password_of,
+)
+
+_CONNECTION: dict[str, t.Any] = {
+    "repository": {"type": "str", "required": True},
+    "password": {"type": "str", "no_log": True},
+    "password_file": {"type": "path", "no_log": False},
+    "config_dir": {"type": "path", "default": "/var/lib/selfhost-delivery/engine"},
+    "program": {"type": "path"},
+    "env": {"type": "dict", "no_log": True},
+    "repository_id": {"type": "str"},
+}
+_DOCKER: dict[str, t.Any] = {"docker_socket": {"type": "path", "default": "/var/run/docker.sock"}}
+
+REPOSITORY_ARGUMENTS: dict[str, t.Any] = {
+    **_CONNECTION,
+    "state": {"type": "str", "choices": ["present", "connected"], "default": "present"},
+}
+SNAPSHOT_ARGUMENTS: dict[str, t.Any] = {
+    **_CONNECTION,
+    **_DOCKER,
+    "set_id": {"type": "str", "required": True},
+    "manifest_dir": {"type": "path", "required": True},
+    "volumes": {"type": "list", "elements": "str", "default": []},
+    "paths": {"type": "list", "elements": "path", "default": []},
+    "metadata": {"type": "dict", "default": {}},
+    "consistency": {"type": "str", "choices": ["none", "pause", "stop", "hooks"], "default": "pause"},
+    "hooks": {
+        "type": "list",
+        "elements": "dict",
+        "default": [],
+        "options": {
+            "container": {"type": "str", "required": True},
+            "before": {"type": "list", "elements": "str", "default": []},
+            "after": {"type": "list", "elements": "str", "default": []},
+        },
+    },
+    "verify": {"type": "bool", "default": True},
+    "freeze_timeout": {"type": "int", "default": 600},
+    "stop_timeout": {"type": "int", "default": 30},
+    "keep": {"type": "int", "default": 0},
+    "preflight": {"type": "bool", "default": False},
+}
+RESTORE_ARGUMENTS: dict[str, t.Any] = {
+    **_CONNECTION,
+    **_DOCKER,
+    "set_id": {"type": "str", "required": True},
+    "manifest_dir": {"type": "path", "required": True},
+    "volumes": {"type": "list", "elements": "str", "default": []},
+    "paths": {"type": "list", "elements": "path", "default": []},
+    "app": {"type": "str", "default": ""},
+    "keep_current": {"type": "bool", "default": True},
+    "containers": {"type": "str", "choices": ["restart", "leave_stopped"], "default": "restart"},
+    "stop_timeout": {"type": "int", "default": 30},
+    "keep": {"type": "int", "default": 0},
+}
+INFO_ARGUMENTS: dict[str, t.Any] = {
+    **_CONNECTION,
+    "manifest_dir": {"type": "path", "required": True},
+    "set_id": {"type": "str"},
+    "app": {"type": "str", "default": ""},
+}
+#: Keyword arguments of AnsibleModule that all eight modules share.
+COMMON: dict[str, t.Any] = {
+    "supports_check_mode": True,
+    "mutually_exclusive": [("password", "password_file")],
+    "required_one_of": [("password", "password_file")],
+}
+
+
+def repository(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
+    """``{changed, repository_id, free_bytes, engine_version}``; the id is empty where check mode would create one."""
+    with _told():
+        engine = _engine(kind, params)
+        found = engine.status()
+        if found.state == "ready":
+            changed = False
+        elif params["state"] == "connected":
+            found = engine.connect()
+            changed = False
+        else:
+            changed = True
+            if check_mode:
+                engine.refuse_creation()
+            else:
+                found = engine.create()
+        return {
+            "changed": changed,
+            "repository_id": found.repository_id,
+            "free_bytes": found.free_bytes,
+            "engine_version": engine.version(),
+            "warnings": [],
+        }
+
+
+def snapshot(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
+    """See ``sets.take_locked``; the items of the set are laid out flat."""
+    with _told():
+        if (params["consistency"] == "hooks") != bool(params["hooks"]):
+            raise DeliveryError(
+                "take a snapshot set", "consistency hooks and the option hooks need each other", "Give both or neither.", "config"
+            )
+        request = sets.Request(
+            set_id=params["set_id"],
+            manifest_dir=params["manifest_dir"],
+            volumes=params["volumes"],
+            paths=params["paths"],
+            metadata=params["metadata"],
+            consistency=params["consistency"],
+            hooks=params["hooks"],
+            verify=params["verify"],
+            freeze_timeout=float(params["freeze_timeout"]),
+            stop_timeout=float(params["stop_timeout"]),
+            keep=params["keep"],
+        )
+        only_look = check_mode or params["preflight"]
+        result = sets.take(_engine(kind, params), Engine(params["docker_socket"]), request, check_mode=only_look)
+        taken = result.pop("set", {})
+        result.update({key: taken.get(key) for key in ("created", "bytes", "files", "parts")} if taken else {})
+        if params["preflight"]:
+            result["changed"] = False
+        return result
+
+
+def restore(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
+    """See ``restore.restore``."""
+    with _told():
+        request = restoring.Request(
+            set_id=params["set_id"],
+            manifest_dir=params["manifest_dir"],
+            volumes=params["volumes"],
+            paths=params["paths"],
+            app=params["app"],
+            keep_current=params["keep_current"],
+            restart=params["containers"] == "restart",
+            stop_timeout=float(params["stop_timeout"]),
+            keep=params["keep"],
+        )
+        return restoring.restore(_engine(kind, params), Engine(params["docker_socket"]), request, check_mode=check_mode)
+
+
+def info(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
+    """``{changed: False, repository_id, sets}``, newest first."""
+    with _told():
+        engine = _engine(kind, params)
+        found = engine.connect()
+        catalog = sets.Catalog(engine, found.repository_id, params["manifest_dir"])
+        if params["set_id"]:
+            chosen = [catalog.get(params["set_id"])] if params["set_id"] in catalog.ids() else []
+        else:
+            chosen = catalog.sets(params["app"])
+        return {
+            "changed": False,
+            "repository_id": found.repository_id,
+            "sets": [one.as_result() for one in chosen],
+            "warnings": [],
+        }
+
+
+def _engine(kind: str, params: t.Mapping[str, t.Any]) -> SnapshotEngine:
+    return engine_from(
+        kind,
+        Settings(
+            repository=params["repository"].rstrip("/") if params["repository"].startswith("/") else params["repository"],
+            password=password_of(params["password"], params["password_file"]),
+            config_dir=params["config_dir"],
+            program=params["program"] or "",
+            env={key: str(value) for key, value in (params["env"] or {}).items()},
+            repository_id=params["repository_id"] or "",
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _told() -> t.Iterator[None]:
+    """What the operating system refuses is told like any other failure."""
+    try:
+        yield
+    except OSError as exc:
+        place = f" ({os.fsdecode(exc.filename)})" if exc.filename else ""
+        raise DeliveryError(
+            "work on a snapshot set", f"{exc.strerror or exc}{place}", "Run as root; check the disk and the place.", "snapshot"
+        ) from exc

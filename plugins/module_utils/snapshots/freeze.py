@@ -1,0 +1,236 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""Holding the writers still: finding the containers, freezing them, and giving each the state it was found in."""
+
+from __future__ import annotations
+
+import os
+import time
+import typing as t
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine, EngineError, EngineNotFound
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.guard import Guard
+
+CONSISTENCIES = ("none", "pause", "stop", "hooks")
+
+#: One container held still: ``{"id", "name", "action": "pause" | "stop"}``.
+Held = dict[str, str]
+
+
+def users(engine: Engine, volumes: t.Collection[str], places: t.Collection[str], writers_only: bool) -> list[dict[str, t.Any]]:
+    """Inspections of all containers, of any project and in any state, that mount one of ``volumes`` or a host path at or
+    below one of ``places``; oldest first. ``writers_only``: those that mount one read-write."""
+    found = []
+    for item in engine.containers():
+        mounts = [mount for mount in item.get("Mounts") or () if _concerns(mount, volumes, places)]
+        if mounts and (not writers_only or any(mount.get("RW") for mount in mounts)):
+            try:
+                found.append(engine.inspect(item["Id"]))
+            except EngineNotFound:
+                continue
+    return sorted(found, key=lambda one: one["Created"])
+
+
+def state_of(container: t.Mapping[str, t.Any]) -> str:
+    """``running``, ``paused``, ``restarting``, ``exited``, ``created`` …, from an inspection."""
+    return str(container["State"]["Status"])
+
+
+def name_of(container: t.Mapping[str, t.Any]) -> str:
+    return str(container["Name"]).lstrip("/")
+
+
+def plan_hold(containers: t.Sequence[t.Mapping[str, t.Any]], action: str) -> list[Held]:
+    """Whom to hold: the running ones, newest first (an application before its database).
+
+    ``action``: ``pause``, ``stop``, or ``stop_paused`` for a restore, which must also stop a paused one, since that would keep
+    the old files open. Exited ones stay as they are; one that restarts all the time cannot be paused, so it is stopped.
+    """
+    held = []
+    for container in reversed(containers):
+        state = state_of(container)
+        if state == "running":
+            how = "pause" if action == "pause" else "stop"
+        elif state == "restarting" or (state == "paused" and action == "stop_paused"):
+            how = "stop"
+        else:
+            continue
+        if how == "stop" and container.get("HostConfig", {}).get("AutoRemove"):
+            raise DeliveryError(
+                f"stop the container {name_of(container)}",
+                "it was started with --rm, so stopping would remove it",
+                "End it yourself, or use consistency pause.",
+                "config",
+            )
+        held.append({"id": str(container["Id"]), "name": name_of(container), "action": how, "found": state})
+    return held
+
+
+def hold(engine: Engine, held: t.Sequence[Held], stop_timeout: float) -> list[str]:
+    """Freeze them; names of those that a stop had to kill (their files are like after a crash)."""
+    killed = []
+    for one in held:
+        try:
+            if one["action"] == "pause":
+                _pause(engine, one["id"])
+            else:
+                engine.stop(one["id"], stop_timeout)
+                if engine.inspect(one["id"])["State"].get("ExitCode") == 137:
+                    killed.append(one["name"])
+        except EngineNotFound:
+            continue
+    return killed
+
+
+def release(engine: Engine, held: t.Sequence[Held], last_error: DeliveryError | None = None) -> None:
+    """Give the state found back to each, in the opposite order. Says at the end which could not be.
+
+    Safe to repeat: who runs already is left alone, who is gone is skipped.
+    """
+    problems = []
+    for one in reversed(held):
+        try:
+            state = engine.inspect(one["id"])["State"]
+            if one["action"] == "pause":
+                if state.get("Paused"):
+                    engine.unpause(one["id"])
+            else:
+                if not state.get("Running"):
+                    engine.start(one["id"])
+                if one.get("found") == "paused" and not engine.inspect(one["id"])["State"].get("Paused"):
+                    engine.pause(one["id"])
+        except EngineNotFound:
+            continue
+        except DeliveryError as exc:
+            problems.append(f"{one['name']} ({exc.seen})")
+    if problems:
+        raise DeliveryError(
+            "give the containers back the state they were found in",
+            "; ".join(problems) + (f"; before that: {last_error.message}" if last_error else ""),
+            "Start or unpause them by hand.",
+            "snapshot",
+        )
+
+
+class Window:
+    """The time in which nothing writes. A context manager around the final pass of a snapshot.
+
+    ``record``: file that names what is frozen, so that a later run can mend even what the guard could not.
+    ``hooks``: ``[{"container", "before": [argv], "after": [argv]}]``. After it: ``seconds`` and ``killed``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        held: t.Sequence[Held],
+        hooks: t.Sequence[t.Mapping[str, t.Any]],
+        record: str,
+        limit: float,
+        stop_timeout: float,
+    ) -> None:
+        self.engine, self.held, self.hooks, self.record = engine, list(held), list(hooks), record
+        self.limit, self.stop_timeout = limit, stop_timeout
+        self.seconds = 0.0
+        self.killed: list[str] = []
+        self._guard = Guard(lambda: mend_patiently(engine, record), limit + 60)
+        self._began = 0.0
+
+    def __enter__(self) -> Window:
+        if not self.held and not self.hooks:
+            return self
+        after = [{"container": hook["container"], "argv": list(hook["after"])} for hook in self.hooks if hook.get("after")]
+        write_json(self.record, {"held": self.held, "after": after})
+        self._guard.arm()
+        self._began = time.monotonic()
+        try:
+            for hook in self.hooks:
+                if hook.get("before"):
+                    _run_hook(self.engine, hook["container"], hook["before"], self.limit)
+            self.killed = hold(self.engine, self.held, self.stop_timeout)
+        except DeliveryError as exc:
+            self._end(exc)
+            raise
+        except BaseException:
+            self._end(None)
+            raise
+        return self
+
+    def __exit__(self, kind: t.Any, error: BaseException | None, trace: t.Any) -> None:
+        if self.held or self.hooks:
+            self._end(error if isinstance(error, DeliveryError) else None)
+            if error is None and self.seconds > self.limit:
+                raise DeliveryError(
+                    "freeze the containers",
+                    f"it took {self.seconds:.0f} s, more than {self.limit:.0f} s",
+                    "Raise freeze_timeout, or use consistency stop.",
+                    "snapshot",
+                )
+
+    def _end(self, error: DeliveryError | None) -> None:
+        try:
+            mend(self.engine, self.record, error)
+        finally:
+            self.seconds = round(time.monotonic() - self._began, 3)
+            # Only a thaw that worked sends the guard home: otherwise it goes on trying after this process ended.
+            if not os.path.exists(self.record):
+                self._guard.disarm()
+
+
+def mend(engine: Engine, record: str, last_error: DeliveryError | None = None) -> list[str]:
+    """Undo the freeze that the file ``record`` names, then remove the file. Names of the containers; none without the file."""
+    found = read_json(record)
+    if found is None:
+        return []
+    try:
+        for hook in found["after"]:
+            _run_hook(engine, hook["container"], hook["argv"], 300)
+    finally:
+        release(engine, found["held"], last_error)
+    os.unlink(record)
+    return [one["name"] for one in found["held"]]
+
+
+def mend_patiently(engine: Engine, record: str) -> None:
+    """``mend``, again and again for five minutes: the engine itself may be restarting."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        try:
+            mend(engine, record)
+            return
+        except (DeliveryError, OSError):
+            time.sleep(1)
+
+
+def _pause(engine: Engine, container: str) -> None:
+    """Pause; a container that starts processes all the time slips away from the kernel's freezer now and then."""
+    for _attempt in range(9):
+        try:
+            engine.pause(container)
+            return
+        except EngineError as exc:
+            if "unable to freeze" not in exc.reason:
+                raise
+            time.sleep(0.1)
+    engine.pause(container)
+
+
+def _run_hook(engine: Engine, container: str, argv: t.Sequence[str], timeout: float) -> None:
+    tried = f"run the hook {argv[0]} in {container}"
+    try:
+        code, output = engine.exec(container, list(argv), timeout)
+    except TimeoutError as exc:
+        raise DeliveryError(tried, str(exc), "Raise freeze_timeout.", "snapshot") from exc
+    if code != 0:
+        said = " / ".join(output.strip().splitlines()[-3:])
+        raise DeliveryError(tried, f"it ended with {code}: {said}", "Make it end with 0.", "snapshot")
+
+
+def _concerns(mount: t.Mapping[str, t.Any], volumes: t.Collection[str], places: t.Collection[str]) -> bool:
+    if mount.get("Type") == "volume" and mount.get("Name") in volumes:
+        return True
+    source = mount.get("Source") or ""
+    return any(source == place or source.startswith(place.rstrip("/") + "/") for place in places)

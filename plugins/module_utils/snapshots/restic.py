@@ -1,0 +1,167 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""restic (0.14 as in Debian, and newer) as a snapshot engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import typing as t
+import uuid
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.command import CommandResult
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import Base, RepositoryStatus, Stored
+
+
+class Restic(Base):
+    """See ``engines.SnapshotEngine``. Repositories: whatever restic takes; one snapshot holds all sources of a call."""
+
+    name = "restic"
+    keeps_everything = True
+    sees_every_change = True
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **self.settings.env,
+            "RESTIC_REPOSITORY": self.settings.repository,
+            "RESTIC_PASSWORD": self.settings.password,
+            "RESTIC_CACHE_DIR": os.path.join(self.directory, "cache"),
+        }
+
+    def version(self) -> str:
+        return self.call("version", timeout=60).stdout.strip()
+
+    def status(self) -> RepositoryStatus:
+        path = self.settings.local_path
+        nothing = RepositoryStatus("missing" if self.remembered_id() else "absent", free_bytes=self.free_bytes())
+        if path and not os.path.isfile(os.path.join(path, "config")):
+            return nothing
+        answer = self.call("cat", "config", "--json", timeout=300)
+        if answer.ok:
+            return self.remember(RepositoryStatus("ready", str(json.loads(answer.stdout)["id"]), self.free_bytes()))
+        if answer.code == 10 or "Is there a repository at the following location?" in answer.stderr:
+            return nothing
+        tried = f"open the restic repository {self._shown}"
+        if answer.code == 12 or "wrong password" in answer.stderr:
+            raise DeliveryError(tried, "the password is wrong", "Give the password it was created with.", "config")
+        raise self.failure(tried, answer, "Check that its disk is mounted and readable.")
+
+    def create(self) -> RepositoryStatus:
+        self.refuse_creation()
+        made = self.call("init", timeout=300)
+        if not made.ok:
+            raise self.failure(f"create the restic repository {self._shown}", made, "Check the place and its rights.")
+        return self.status()
+
+    def connect(self) -> RepositoryStatus:
+        found = self.status()
+        if found.state == "ready":
+            return found
+        seen = "there is no repository any more, though this host used one there" if found.state == "missing" else "there is no repository"
+        raise DeliveryError(
+            f"open the restic repository {self._shown}", seen, "Mount its disk, or create it with restic_repository.", "config"
+        )
+
+    def prepare(self, sources: t.Sequence[str]) -> None:
+        """restic has no policies."""
+
+    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float) -> list[Stored]:
+        for source in sources:
+            # restic ends with 0 when one of several sources is not there.
+            if not os.path.lexists(source):
+                raise DeliveryError("take a restic snapshot", f"{source} does not exist", "Check volumes and paths.", "snapshot")
+        mark = uuid.uuid4().hex
+        every = {**tags, "call": mark}
+        marks = [argument for key, value in every.items() for argument in ("--tag", f"{key}={value}")]
+        result: CommandResult | None = None
+        try:
+            result = self.call("backup", "--json", *(["--force"] if full_read else []), *marks, "--", *sources, timeout=timeout)
+            if result.ok:
+                summary = _summary(result.stdout)
+                made = [one for one in self._listed() if one["id"].startswith(summary["snapshot_id"])]
+                if len(made) == 1:
+                    return _parts(made[0], sources, int(summary["total_files_processed"]), int(summary["total_bytes_processed"]))
+        except BaseException:
+            self._discard(mark)
+            raise
+        self._discard(mark)
+        raise self.failure("take a restic snapshot", result, "Make every file readable and try again.")
+
+    def contents(self) -> list[Stored]:
+        found = [one for item in self._listed() for one in _parts(item, item["paths"])]
+        return sorted((one for one in found if "set" in one.tags), key=lambda one: one.created)
+
+    def restore(self, stored: Stored, target: str) -> None:
+        # 0.14 restores to <target>/<full source path> only; it is moved out afterwards, on the same file system.
+        box = f"{target}.box"
+        os.mkdir(box, 0o700)
+        pattern = re.sub(r"([\\*?\[\]])", r"\\\1", stored.source)
+        done = self.call("restore", stored.snapshot, "--target", box, "--include", pattern)
+        inside = box + stored.source
+        if not done.ok or not os.path.lexists(inside):
+            raise self.failure(f"restore {stored.source} from restic", done)
+        os.rename(inside, target)
+        shutil.rmtree(box)
+
+    def verify(self, stored: t.Sequence[Stored]) -> None:
+        for snapshot in sorted({one.snapshot for one in stored}):
+            # check would read nothing, or the whole repository; a dump reads exactly this snapshot, each blob against its hash.
+            done = self.discard_output("dump", "--archive", "tar", snapshot, "/")
+            if not done.ok:
+                raise self.failure("read the snapshot back from restic", done, "The repository is damaged; do not rely on it.")
+
+    def delete(self, stored: t.Sequence[Stored]) -> None:
+        if not stored:
+            return
+        ids = sorted({one.snapshot for one in stored} & {item["id"] for item in self._listed()})
+        if ids:
+            # Removes only locks of dead processes; a killed backup leaves one, and forget wants the repository alone.
+            self.call("unlock", timeout=300)
+            done = self.call("forget", *ids, timeout=3600)
+            if not done.ok:
+                raise self.failure("delete restic snapshots", done)
+
+    def prune(self) -> None:
+        self.call("unlock", timeout=300)
+        done = self.call("prune")
+        if not done.ok:
+            raise self.failure("prune the restic repository", done)
+
+    @property
+    def _shown(self) -> str:
+        """The repository without what may be a password in its URL."""
+        return re.sub(r"//[^/@]*@", "//********@", self.settings.repository)
+
+    def _listed(self) -> list[dict[str, t.Any]]:
+        answer = self.call("snapshots", "--json", timeout=600)
+        if not answer.ok:
+            raise self.failure(f"list the restic repository {self._shown}", answer)
+        return json.loads(answer.stdout) or []
+
+    def _discard(self, mark: str) -> None:
+        answer = self.call("snapshots", "--json", "--tag", f"call={mark}", timeout=600)
+        ids = [item["id"] for item in (json.loads(answer.stdout) or [])] if answer.ok else []
+        if ids:
+            self.call("unlock", timeout=300)
+            self.call("forget", *ids, timeout=3600)
+
+
+def _summary(stdout: str) -> dict[str, t.Any]:
+    """The last message of ``backup --json``."""
+    for line in reversed(stdout.splitlines()):
+        if line.startswith("{"):
+            message = json.loads(line)
+            if message.get("message_type") == "summary":
+                return message
+    raise DeliveryError("take a restic snapshot", "restic printed no summary", "Use restic 0.14 or newer.", "snapshot")
+
+
+def _parts(item: t.Mapping[str, t.Any], sources: t.Iterable[str], files: int = -1, size: int = -1) -> list[Stored]:
+    """One restic snapshot as one part for each of its sources; the counts are those of the whole snapshot."""
+    tags = dict(tag.split("=", 1) for tag in item.get("tags") or [] if "=" in tag)
+    return [Stored(source, item["id"], item["tree"], tags, item["time"], files, size) for source in sources]
