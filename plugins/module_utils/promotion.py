@@ -82,7 +82,9 @@ def plan_release(
     migrations = wish.migrations or app.policies.migrations
     restore = wish.restore or app.policies.restore
     rollback = wish.kind == "rollback"
-    migrator = app.rollout["migrator"] if app.migrator and not rollback else None
+    # A rollback names the migrator too, so that it is not taken for a dependency, but does not run it.
+    migrator = {**app.rollout["migrator"], "run": not rollback} if app.migrator else None
+    migrates = migrator is not None and not rollback
     services = {name: image for name, image in app.service_images.items() if not rollback or name in app.services}
     rollout = {
         **app.rollout,
@@ -96,7 +98,7 @@ def plan_release(
         "images": {service: references[image] for service, image in services.items()},
         "volumes": app.volumes or [],
         "edge": dict(site.edge),
-        "hold": bool(wish.snapshot) or (migrations == "breaking" and migrator is not None),
+        "hold": bool(wish.snapshot) or (migrations == "breaking" and migrates),
         "docker_socket": site.docker_socket,
         "docker_config": f"{site.deploy_dir}/.docker",
         "min_free_mb": site.min_free_mb,

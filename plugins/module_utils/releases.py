@@ -398,7 +398,8 @@ class Lease:
                     self._create(run_id, holder, release_id, ttl, replaced=lock, since=lock["since"] if same and lock else None)
                     self.run_id = run_id
                     return Acquired(None if same else lock, same)
-            assert lock is not None
+            if lock is None:
+                raise AssertionError("only a lock that is there can be in the way")
             left = deadline - time.monotonic()
             if status == "freeze" or left <= 0:
                 raise lock_error(self.deploy_dir, lock)

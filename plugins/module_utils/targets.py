@@ -73,7 +73,8 @@ def find_target(deploy_dir: str, tag: str = "", snapshot: str = "", data: bool =
             known = ", ".join(dict.fromkeys(one["tag"] for one in committed)) or "none"
             raise DeliveryError(doing, f"{tag} was never committed here; committed are {known}", "Choose one of them, or promote the tag.")
         if data:
-            raise DeliveryError(doing, "a tag alone does not say which data", "Give the set: -e snapshot=<set id>; -e list=true shows them.")
+            remedy = "Give the set: -e snapshot=<set id>; -e list=true shows them."
+            raise DeliveryError(doing, "a tag alone does not say which data", remedy)
         return Target(_plain(found), "", f"the newest committed release of {tag}")
     found = releases.previous_committed(deploy_dir)
     if found is None:
@@ -100,7 +101,8 @@ def _data_alone(deploy_dir: str, set_id: str) -> Target:
         usable = [one for one in found if not str(one.get("set_id", "")).startswith("replaced-")]
         set_id = str(max(usable, key=lambda one: str(one.get("created", "")), default={}).get("set_id", ""))
     if not set_id or os.sep in set_id or not os.path.exists(manifest_path(deploy_dir, set_id)):
-        raise DeliveryError(doing, f"there is no manifest of it in {deploy_dir}/snapshots", "snapshot.yml -e list=true shows the sets there are.")
+        seen = f"there is no manifest of it in {deploy_dir}/snapshots"
+        raise DeliveryError(doing, seen, "snapshot.yml -e list=true shows the sets there are.")
     return Target(current, set_id, "the images that run now, with the data of the set")
 
 

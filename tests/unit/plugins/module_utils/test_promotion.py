@@ -68,7 +68,8 @@ def test_writes_are_held_for_breaking_migrations_and_for_data_that_goes_back(wis
 
 def test_a_rollback_runs_no_migrator() -> None:
     planned = plan(Wish(kind="rollback", target="20261120-000000-sha-abc"))
-    assert planned.rollout["migrator"] is None and "migrate" not in planned.rollout["images"]
+    assert planned.rollout["migrator"]["run"] is False and "migrate" not in planned.rollout["images"]
+    assert plan().rollout["migrator"]["run"] is True
 
 
 def test_an_image_without_a_digest_is_refused() -> None:

@@ -1,0 +1,44 @@
+# The two commands, and what goes with them. Everything else is in scripts/, demo/ and tests/.
+
+# Python of the demo and of the gates; scripts/bootstrap.sh makes it.
+PYTHON ?= .venv/bin/python
+# Where the demo's two environments live, and where its root file systems are cached.
+DEMO_DIR ?= /opt/selfhost-delivery-demo
+DELIVERY_CACHE ?= $(HOME)/.cache/selfhost-delivery
+# Compose projects are <name>-staging and <name>-production.
+DEMO_NAME ?= delivery-demo
+DEMO_REGISTRY_PORT ?= 15443
+DEMO_STAGING_PORT ?= 18081
+DEMO_PRODUCTION_PORT ?= 18080
+export DEMO_DIR DELIVERY_CACHE DEMO_NAME DEMO_REGISTRY_PORT DEMO_STAGING_PORT DEMO_PRODUCTION_PORT
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-down test lint build clean
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: ## set this machine up and walk a small product through four releases, under load
+	@scripts/bootstrap.sh demo
+	@$(PYTHON) -B demo/demo.py run
+
+demo-down: ## remove everything the demo made (KEEP_CACHE=1 keeps the cached root file systems)
+	@python3 -B demo/demo.py down
+	@scripts/teardown.sh
+
+test: ## set this machine up and run every gate
+	@scripts/bootstrap.sh test
+	@tests/run.sh
+
+lint: ## the quick gates alone
+	@scripts/bootstrap.sh test
+	@tests/run.sh lint ansible-lint
+
+build: ## the collection's tarball, in .cache/dist
+	@scripts/bootstrap.sh demo
+	@.venv/bin/ansible-galaxy collection build --force --output-path .cache/dist
+
+clean: ## remove what was made in this checkout; run demo-down first
+	@rm -rf .venv .ansible .nox .pytest_cache .mypy_cache .ruff_cache tests/output
+	@rm -rf .cache/build .cache/dist .cache/mypy .cache/results .cache/sanity .cache/collections
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
