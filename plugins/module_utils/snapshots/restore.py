@@ -34,7 +34,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.files import rea
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import freeze, sets
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import SnapshotEngine, Stored
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.guard import Guard
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import apply_sidecar, scan, sync_file_system
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import apply_sidecar, scan, sync_file_systems
 
 _RENAME_EXCHANGE = 2
 _SYSCALL = {"x86_64": 316, "aarch64": 276, "armv7l": 382, "riscv64": 276, "ppc64le": 357, "s390x": 347}
@@ -301,8 +301,7 @@ class _Restoring:
                 self.engine.restore(stored, tree)
                 apply_sidecar(tree, sets.read_sidecar(sidecars, part))
                 self._check(part, tree)
-            for part in self.parts:
-                sync_file_system(part["box"])
+            sync_file_systems(part["box"] for part in self.parts)
         except OSError as exc:
             full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
             raise DeliveryError(

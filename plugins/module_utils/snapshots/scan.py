@@ -214,8 +214,13 @@ def apply_sidecar(root: str, records: t.Sequence[dict[str, t.Any]]) -> None:
             os.utime(_join(base, _bytes(record["p"])), ns=(record["t"], record["t"]))
 
 
-def sync_file_system(path: str) -> None:
-    """Write everything dirty of the file system that holds ``path`` to disk (syncfs)."""
+def sync_file_systems(paths: t.Iterable[str]) -> None:
+    """Write everything dirty of the file systems that hold ``paths`` to disk, each once: on a busy disk one sync takes seconds."""
+    for path in {os.stat(path).st_dev: path for path in paths}.values():
+        _sync_file_system(path)
+
+
+def _sync_file_system(path: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:

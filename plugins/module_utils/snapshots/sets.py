@@ -37,7 +37,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan i
     printable,
     scan,
     sidecar,
-    sync_file_system,
+    sync_file_systems,
 )
 
 SCHEMA = 1
@@ -423,8 +423,7 @@ class Taking:
     def warm_up(self) -> None:
         """Store most of the data while the app still runs; only its time is lost when something moves away under it."""
         self.engine.prepare([*self.sources, self.folder])
-        for source in self.sources:
-            sync_file_system(source)
+        sync_file_systems(self.sources)
         scans = [scan(source, vanishing=True) for source in self.sources]
         self._refuse_names(scans)
         try:
@@ -488,8 +487,7 @@ class Taking:
         return manifest
 
     def _final_pass(self) -> tuple[list[Scan], list[bool], list[Stored]]:
-        for source in self.sources:
-            sync_file_system(source)
+        sync_file_systems(self.sources)
         known: list[Scan | None] = [*self.warm] if self.warm else [None] * len(self.sources)
         scans = [scan(source, before, vanishing=not self.still) for source, before in zip(self.sources, known)]
         self._refuse_names(scans)
