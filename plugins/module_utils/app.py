@@ -381,8 +381,13 @@ def _read(top: _Section, environment: str) -> App:
         public=_read_public(top),
         policies=_read_policies(top, environment),
         notify=_read_notify(top),
-        git={"repository": top.section("git", ("repository",)).text("repository", "")},
+        git=_read_git(top),
     )
+
+
+def _read_git(top: _Section) -> dict[str, t.Any]:
+    section = top.section("git", ("repository", "push"))
+    return {"repository": section.text("repository", ""), "push": section.flag("push", False)}
 
 
 def _read_files(top: _Section, key: str, default: t.Sequence[str], in_release: bool = False) -> list[str]:

@@ -151,17 +151,3 @@ def _lines(app: App, tag: str, digests: t.Mapping[str, str], release_id: str, wi
     if wish.override_gates:
         lines.append(f"  gates overridden: {wish.override_gates}")
     return lines
-
-
-def summary(app: str, environment: str, record: t.Mapping[str, t.Any], back: str) -> list[str]:
-    """The last lines of a release that ended well. ``back``: the command that undoes it."""
-    durations: t.Mapping[str, float] = record.get("durations") or {}
-    shown = [f"{step} {seconds:.1f}" for step, seconds in durations.items() if seconds >= 0.05]
-    return [
-        "",
-        f"{app} {record['tag']} runs in {environment}",
-        f"  release   {record['id']}",
-        f"  took      {record.get('seconds', 0):.1f} s" + (f" ({', '.join(shown)})" if shown else ""),
-        f"  snapshot  {record.get('snapshot') or 'none: there was no data yet'}",
-        f"  go back   {back}",
-    ]

@@ -68,7 +68,7 @@ def test_defaults():
         "gates": ["staging"],
         "keep_releases": 10,
     }
-    assert app["notify"] == {"webhooks": [], "email": {}} and app["git"] == {"repository": ""}
+    assert app["notify"] == {"webhooks": [], "email": {}} and app["git"] == {"repository": "", "push": False}
 
 
 def test_only_production_has_a_gate_by_itself():
