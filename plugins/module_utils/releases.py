@@ -830,10 +830,12 @@ def _point_back(deploy_dir: str, previous: str | None) -> None:
 def prune_releases(deploy_dir: str, keep: int) -> tuple[list[str], list[str]]:
     """Remove release folders beyond the ``keep`` newest; return ``(removed ids, warnings)``.
 
-    Never the current one, the one a rollback goes to, nor one that is open or frozen.
+    Never the current one, the one a rollback goes to, one that is open or frozen, the ``keep`` newest committed ones (failed
+    attempts must not push out what can be gone back to), nor one that a snapshot set goes back to.
     """
     releases = list_releases(deploy_dir)
-    safe = {current_id(deploy_dir), (previous_committed(deploy_dir) or {}).get("id")}
+    committed = [release["id"] for release in releases if release["state"]["status"] == "committed"]
+    safe = {current_id(deploy_dir), (previous_committed(deploy_dir) or {}).get("id"), *committed[:keep], *_kept_by_sets(deploy_dir)}
     removed, warnings = [], []
     for release in releases[max(keep, 1):]:
         if release["id"] in safe or release["state"]["status"] in ("open", "frozen"):
@@ -934,6 +936,18 @@ def sum_up(record: t.Mapping[str, t.Any], state: ReleaseState) -> list[str]:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def _kept_by_sets(deploy_dir: str) -> set[str]:
+    """Releases that served when a snapshot set was taken: going back to the set needs them."""
+    folder = os.path.join(deploy_dir, "snapshots")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = set()
+    for name in names:
+        if name.endswith(".manifest.json"):
+            with contextlib.suppress(ValueError):
+                found.add(str(((read_json(os.path.join(folder, name)) or {}).get("metadata") or {}).get("previous") or ""))
+    return found
 
 
 # --- evidence from the registry -----------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def main() -> None:
                 f"Holding {given['tag']} against the gates of {given['environment']}",
                 "; ".join(findings),
                 f"Promote it to {' and '.join(app.policies.gates)} first, "
-                "or give a reason that is recorded: -e delivery_override_gates='…'.",
+                "or give a reason that is recorded: -e \"delivery_override_gates='…'\".",
                 "policy",
             )
         planned = plan_release(

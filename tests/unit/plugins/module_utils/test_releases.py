@@ -620,3 +620,22 @@ def test_table_is_for_people(deploy_dir):
 )
 def test_gate(records, passed, reason):
     assert releases.gate_passed(records, "staging", "sha256:1") == (passed, reason)
+
+
+def test_failed_attempts_do_not_push_out_what_can_be_gone_back_to(tmp_path):
+    def make(number, end, **record):
+        release_id = f"202611{number:02d}-090000-sha-{number}"
+        full = {"id": release_id, "tag": f"sha-{number}", "kind": "promote", "started": releases.timestamp(), **record}
+        releases.create_release(str(tmp_path), full, "r1")
+        releases.finish_release(str(tmp_path), release_id, "r1", end)
+        return release_id
+
+    of_a_set = make(1, "committed")
+    gone = make(2, "committed")
+    kept = [make(number, "committed") for number in (3, 4)]
+    failed = [make(number, "aborted") for number in range(5, 10)]
+    (tmp_path / "snapshots").mkdir()
+    (tmp_path / "snapshots" / "a.manifest.json").write_text(json.dumps({"metadata": {"previous": of_a_set}}))
+    removed, warnings = releases.prune_releases(str(tmp_path), 2)
+    assert sorted(removed) == sorted([gone, *failed[:3]]) and warnings == []
+    assert sorted(releases.release_ids(str(tmp_path))) == sorted([of_a_set, *kept, *failed[3:]])

@@ -1,0 +1,73 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The site is made once a run, by the playbook that users make theirs with."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import typing as t
+from pathlib import Path
+
+import pytest
+
+from . import shopfront
+from .site_under_test import REPOSITORY, Environment, Site
+
+sys.path.insert(0, str(REPOSITORY / "tests" / "integration"))
+from registry_fixture import start_registry  # noqa: E402
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[Site]:
+    folder = Path(tmp_path_factory.mktemp("site"))
+    folder.chmod(0o755)  # the edge's worker is another user
+    registry = start_registry(folder / "registry", htpasswd=True, tls=True)
+    environments = [
+        Environment(name, folder / "inventories" / name, folder / name, _free_port(), folder / f"edge-{name}") for name in ("staging", "production")
+    ]
+    site = Site(folder, registry, *environments)
+    (folder / "compose.yaml").write_text(shopfront.COMPOSE)
+    login = base64.b64encode(f"{registry.username}:{registry.password}".encode()).decode()
+    (folder / "docker").mkdir(mode=0o700)
+    (folder / "docker" / "config.json").write_text(json.dumps({"auths": {registry.address: {"auth": login}}}))
+    shopfront.build_keeper()
+    site.write_inventories()
+    try:
+        for environment in environments:
+            site.run("setup", environment).must_succeed()
+        yield site
+    finally:
+        for environment in environments:
+            _clean(site, environment)
+        registry.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clean(site: Site, environment: Environment) -> None:
+    pid_file = environment.edge_dir / "run" / "haproxy.pid"
+    for path in [pid_file, *environment.edge_dir.rglob("*.pid")]:
+        if path.exists():
+            os.kill(int(path.read_text().split()[0]), 15)
+            break
+    names = environment.containers()
+    if names:
+        subprocess.run(["docker", "rm", "--force", *names], check=False, stdout=subprocess.DEVNULL)
+    label = f"label=com.docker.compose.project={environment.project}"
+    for kind in ("volume", "network"):
+        found = subprocess.check_output(["docker", kind, "ls", "-q", "--filter", label], text=True).split()
+        if found:
+            subprocess.run(["docker", kind, "rm", *found], check=False, stdout=subprocess.DEVNULL)

@@ -1,0 +1,104 @@
+# Copyright (c) 2026, selfhost.delivery contributors
+# GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+"""The controller is killed at each step: what served goes on serving, and the next run ends the open release first."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import typing as t
+
+import pytest
+
+from .site_under_test import Environment, Load, Site
+
+_numbers = itertools.count(1)
+
+STEPS = [
+    ("planned", "end"),
+    ("pinned", "begin"),
+    ("pulled", "begin"),
+    ("snapshotted", "begin"),
+    ("snapshotted", "end"),
+    ("migrated", "begin"),
+    ("migrated", "end"),
+    ("rolling", "begin"),
+    ("rolling", "end"),
+    ("verifying", "begin"),
+    ("verifying", "end"),
+    ("committed", "begin"),
+]
+
+
+@pytest.fixture(scope="module")
+def staging(site: Site) -> Environment:
+    """One environment, serving a committed release."""
+    site.build("sha-base")
+    site.promote(site.staging, "sha-base").must_succeed()
+    return site.staging
+
+
+def _releases(environment: Environment) -> list[dict[str, t.Any]]:
+    return [json.loads((folder / "release.json").read_text()) for folder in sorted((environment.deploy_dir / "releases").glob("2*"))]
+
+
+def _settled(environment: Environment, serving: str) -> None:
+    """One release serves, everything has an end, nobody holds the lock, and nothing is left over."""
+    assert environment.serving() == serving == environment.current()
+    assert all(release.get("result") for release in _releases(environment)), _releases(environment)[-2:]
+    assert not (environment.deploy_dir / "lock.json").exists()
+    names = environment.containers()
+    assert sorted(environment.containers(all_of_them=False)) == sorted(names) and len(names) == 3, names
+
+
+@pytest.mark.parametrize("orphans", [False, True], ids=["with-its-modules", "controller-alone"])
+@pytest.mark.parametrize(("step", "event"), STEPS, ids=[f"{step}-{event}" for step, event in STEPS])
+def test_killed_promotion_is_mended_by_the_next(site: Site, staging: Environment, step: str, event: str, orphans: bool) -> None:
+    if orphans and (step, event) not in (("migrated", "begin"), ("rolling", "begin")):
+        pytest.skip("only steps inside a long module leave an orphan that matters")
+    before = staging.current()
+    killed, after = f"sha-k{next(_numbers)}", f"sha-n{next(_numbers)}"
+    site.build(killed)
+    site.build(after)
+    with Load(staging.port) as load:
+        assert site.kill_at("promote", staging, step, event, "-e", f"tag={killed}", orphans=orphans), "it ended before the step was seen"
+        assert staging.serving() in (before, killed)
+        mended = site.promote(staging, after).must_succeed()
+    assert "was left open at step" in mended.output
+    assert load.lost == [], (load.sent, load.lost[:5])
+    _settled(staging, after)
+
+
+@pytest.mark.parametrize(("step", "event"), [("migrated", "end"), ("rolling", "end")])
+def test_killed_promotion_is_mended_by_a_rollback(site: Site, staging: Environment, step: str, event: str) -> None:
+    for tag in ("sha-r1", "sha-r2", killed := f"sha-k{next(_numbers)}"):
+        site.build(tag)
+    site.promote(staging, "sha-r1").must_succeed()
+    site.promote(staging, "sha-r2").must_succeed()
+    assert site.kill_at("promote", staging, step, event, "-e", f"tag={killed}")
+    site.run("rollback", staging).must_succeed()
+    _settled(staging, "sha-r1")
+
+
+def test_killed_breaking_migration_gives_its_data_back(site: Site, staging: Environment) -> None:
+    before, rows = staging.current(), staging.data("rows")
+    killed = site.build("sha-kdamage", migrate="damage")
+    assert site.kill_at("promote", staging, "migrated", "end", "-e", f"tag={killed}", "-e", "delivery_migrations=breaking")
+    after = site.build(f"sha-n{next(_numbers)}")
+    site.promote(staging, after).must_succeed()
+    assert staging.data("rows") == rows != ""
+    assert before != after
+    _settled(staging, after)
+
+
+def test_killed_data_rollback_is_mended(site: Site, staging: Environment) -> None:
+    """Killed while the data is being replaced: the next run puts back what was there before, then does its own work."""
+    rows = staging.data("rows")
+    sets = sorted((staging.deploy_dir / "snapshots").glob("pre-promotion-*.manifest.json"))
+    assert site.kill_at("rollback", staging, "restoring", "begin", "-e", f"snapshot={sets[-1].name.removesuffix('.manifest.json')}")
+    after = site.build(f"sha-n{next(_numbers)}")
+    site.promote(staging, after).must_succeed()
+    assert staging.data("rows") == rows
+    _settled(staging, after)
