@@ -5,11 +5,11 @@
 #
 # Every gate of this collection, in the order in which a mistake is cheapest to learn of. `make test` runs all of it.
 #
-#   tests/run.sh [STAGE ...]       stages: lint ansible-lint sanity unit build molecule integration e2e; default: all
+#   tests/run.sh [STAGE ...]       stages: lint ansible-lint sanity unit build molecule integration e2e demo; default: all
 #
 #   KEEP_GOING=1        run the remaining stages after one failed
 #   SANITY_PYTHON=all   ansible-test sanity on every Python found, not only on the one of .venv
-#   TEST_MINUTES=30     the whole run may take this long; what would run longer is stopped and counts as failed
+#   TEST_MINUTES=75     the whole run may take this long; what would run longer is stopped and counts as failed
 #
 # The last line is `N passed, N failed`: pytest's numbers summed, and one failed for each gate that failed without pytest saying so.
 set -euo pipefail
@@ -17,7 +17,7 @@ set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$checkout"
 
-all_stages=(lint ansible-lint sanity unit build molecule integration e2e)
+all_stages=(lint ansible-lint sanity unit build molecule integration e2e demo)
 venv=$checkout/.venv/bin
 cache=$checkout/.cache
 results=$cache/results
@@ -182,9 +182,19 @@ gate_molecule() {
     (unset ANSIBLE_CONFIG && MOLECULE_EPHEMERAL_DIRECTORY=$cache/molecule molecule test --scenario-name default)
 }
 
-gate_integration() { run_pytest integration tests/integration; }
+# Two files at a time: each file's tests share what they started, and build on each other.
+gate_integration() { run_pytest integration tests/integration -n 2 --dist loadfile; }
 
-gate_e2e() { run_pytest e2e tests/e2e; }
+gate_e2e() { run_pytest e2e tests/e2e -n 2 --dist loadfile; }
+
+# The README's main job with its own checks, in a place and on ports of its own.
+gate_demo() {
+    export DEMO_DIR=$cache/demo DEMO_NAME=delivery-gate DEMO_REGISTRY_PORT=25443 DEMO_STAGING_PORT=28181 DEMO_PRODUCTION_PORT=28180
+    local code=0
+    python -B demo/demo.py run || code=$?
+    KEEP_CACHE=1 python -B demo/demo.py down || code=$?
+    return "$code"
+}
 
 # Running them --------------------------------------------------------------------------------------------------------
 
@@ -198,15 +208,14 @@ fi
 
 limit_of() { # seconds
     case $1 in
-    lint | ansible-lint | unit | build | molecule) say 300 ;;
-    sanity) say 600 ;;
-    integration) say 900 ;;
-    e2e) say 1200 ;;
+    lint | ansible-lint | unit | build | molecule) say 600 ;;
+    sanity | demo) say 900 ;;
+    integration | e2e) say 1800 ;;
     esac
 }
 
 started=$SECONDS
-total=$((${TEST_MINUTES:-30} * 60))
+total=$((${TEST_MINUTES:-75} * 60))
 failed_stages=()
 running=
 trap '[ -z "$running" ] || kill -TERM "$running" 2>/dev/null || true; exit 130' INT TERM

@@ -53,6 +53,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[Site]:
     finally:
         for environment in environments:
             _clean(site, environment)
+        images = subprocess.check_output(["docker", "image", "ls", "--quiet", "--filter", f"reference={registry.address}/*/*"], text=True).split()
+        images += subprocess.check_output(["docker", "image", "ls", "--quiet", "--filter", f"reference={registry.address}/*/*/*"], text=True).split()
+        if images:
+            subprocess.run(["docker", "rmi", "--force", *set(images)], check=False, stdout=subprocess.DEVNULL)
         registry.stop()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -99,7 +99,7 @@ class Environment:
 
     @property
     def project(self) -> str:
-        return f"shopfront-{self.name}"
+        return f"shopfront-{self.name}-{self.port}"  # several runs share one engine
 
     def serving(self) -> str:
         """The version that the public route answers, or the reason why it does not."""
