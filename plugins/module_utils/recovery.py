@@ -25,7 +25,8 @@ class Evidence:
     ``snapshot`` is the id of the complete set taken before anything changed, or empty.
     ``held`` says that the edge held all writes from before the snapshot until now. ``replaced`` is the set that kept the data which a
     rollback's own restore replaced, or empty.
-    ``had_previous`` says that another release served before this one.
+    ``had_previous`` says that another release served before this one. ``given_back``: the set that would go back has gone back already,
+    and what was written since must stay.
     """
 
     changed: bool
@@ -35,6 +36,7 @@ class Evidence:
     held: bool
     had_previous: bool
     replaced: str = ""
+    given_back: bool = False
 
     @classmethod
     def from_journal(cls, entries: t.Sequence[t.Mapping[str, t.Any]], record: t.Mapping[str, t.Any], replaced: str = "") -> Evidence:
@@ -43,6 +45,9 @@ class Evidence:
         restored = any(entry["step"] == "restoring" for entry in entries)
         ended = [entry["step"] for entry in entries if entry["event"] == "end"]
         held = "held" in ended and (not state.snapshot or ended.index("held") < ended.index("snapshotted"))
+        ours = replaced if record.get("kind") == "rollback" and restored else ""
+        wanted = ours or state.snapshot
+        back = [entry for entry in entries if entry["step"] == "restoring" and entry["event"] == "end"]
         return cls(
             changed=state.changed or restored,
             migrated=state.migrated,
@@ -50,7 +55,8 @@ class Evidence:
             snapshot=state.snapshot,
             held=held,
             had_previous=bool(record.get("previous")),
-            replaced=replaced if record.get("kind") == "rollback" and restored else "",
+            replaced=ours,
+            given_back=bool(wanted) and any((entry.get("data") or {}).get("set_id") == wanted for entry in back),
         )
 
 
@@ -80,6 +86,8 @@ def decide(evidence: Evidence, restore: str = "auto", migrations: str = "compati
         return Recovery("finish", False, "committed", "it was verified and its commit had begun", "data stays as it is")
     if not evidence.changed:
         return Recovery("abort", False, "aborted", "nothing had been changed yet", "data was not touched")
+    if evidence.given_back:
+        return Recovery("undo", False, "rolled_back", "it was being taken back", "data had gone back already; what was written since stays")
     if evidence.replaced:
         return Recovery("undo", True, "rolled_back", "a rollback had begun to give data back",
                         "data goes back to what it was before the rollback; requests were held meanwhile, so none is lost")
@@ -96,7 +104,7 @@ def decide(evidence: Evidence, restore: str = "auto", migrations: str = "compati
         return Recovery("undo", True, "rolled_back", "the migrator had begun", data)
     if migrations == "breaking" and evidence.held:
         return Recovery("undo", True, "rolled_back", "a breaking migration had begun",
-                        "data goes back to the snapshot set; writes were held since before it, so none is lost")
+                        "data goes back to the snapshot set; writes through the edge were held since before it, so none of them is lost")
     if migrations == "breaking":
         return Recovery("undo", False, "rolled_back", "a breaking migration had begun",
                         "data stays as the migrator left it: writes were not held, a restore could lose some")

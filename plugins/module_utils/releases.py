@@ -201,6 +201,12 @@ class ReleaseState:
     commit_begun: bool = False
     snapshot: str = ""
     failed: dict[str, t.Any] | None = None
+    begun: list[str] = field(default_factory=list)
+
+    @property
+    def current_steps(self) -> set[str]:
+        """Steps that were begun and neither ended nor failed."""
+        return set(self.begun)
 
     @property
     def open(self) -> bool:
@@ -252,6 +258,7 @@ def fold(entries: t.Iterable[t.Mapping[str, t.Any]]) -> ReleaseState:
         if service is not None and step in ("rolling", "reverting"):
             _fold_service(state.services, service, step, event)
     state.serving_new = bool(switched)
+    state.begun = list(dict.fromkeys(step for step, dummy in begun))
     if begun and state.status == "open":
         (step, service), since = list(begun.items())[-1]
         state.current = OpenStep(step, service, since)

@@ -29,16 +29,18 @@ def manifest_path(deploy_dir: str, set_id: str) -> str:
 
 
 def replaced_set(deploy_dir: str, entries: t.Iterable[t.Mapping[str, t.Any]]) -> str:
-    """The set that kept what the last restore of a journal replaced, or ''.
+    """The set that kept what the restore of a journal replaced, or ''.
 
     A restore keeps that set before it replaces anything, so it is there also when the journal's ``end`` is not.
     """
     restoring = [entry for entry in entries if entry["step"] == "restoring"]
     if not restoring:
         return ""
-    if restoring[-1]["event"] == "end" and restoring[-1]["data"].get("replaced"):
-        return str(restoring[-1]["data"]["replaced"])
-    wanted = f"replaced-{restoring[-1]['data'].get('set_id', '')}-"
+    # The first one counts: a second is the undo giving this very set back.
+    wanted = str(restoring[0]["data"].get("set_id", ""))
+    for entry in restoring:
+        if entry["event"] == "end" and entry["data"].get("set_id", wanted) == wanted:
+            return str(entry["data"].get("replaced") or "")
     try:
         names = os.listdir(os.path.join(deploy_dir, "snapshots"))
     except FileNotFoundError:
@@ -46,12 +48,12 @@ def replaced_set(deploy_dir: str, entries: t.Iterable[t.Mapping[str, t.Any]]) ->
     begun = restoring[0]["time"]
     kept = []
     for name in sorted(names):
-        if name.startswith(wanted) and name.endswith(".manifest.json"):
+        if name.endswith(".manifest.json"):
             manifest = read_json(os.path.join(deploy_dir, "snapshots", name)) or {}
-            if str(manifest.get("created", "")) >= begun[:19]:
-                kept.append(name[: -len(".manifest.json")])
+            if manifest.get("replaces") == wanted and str(manifest.get("created", "")) >= begun[:19]:
+                kept.append((str(manifest["created"]), name[: -len(".manifest.json")]))
     # The first one of this release holds the data as it was before anything of it was replaced.
-    return kept[0] if kept else ""
+    return min(kept)[1] if kept else ""
 
 
 def find_target(deploy_dir: str, tag: str = "", snapshot: str = "", data: bool = False, data_alone: bool = False) -> Target:
@@ -76,17 +78,21 @@ def find_target(deploy_dir: str, tag: str = "", snapshot: str = "", data: bool =
             remedy = "Give the set: -e snapshot=<set id>; -e list=true shows them."
             raise DeliveryError(doing, "a tag alone does not say which data", remedy)
         return Target(_plain(found), "", f"the newest committed release of {tag}")
-    found = releases.previous_committed(deploy_dir)
+    unfinished = releases.open_release(deploy_dir)
+    if unfinished is not None and unfinished["state"]["commit_begun"] and unfinished["id"] != releases.current_id(deploy_dir):
+        # Its commit is finished first, so what `current` says now is the release before it.
+        found, left = releases.current_release(deploy_dir), {**unfinished, "snapshot": unfinished["state"]["snapshot"]}
+    else:
+        found, left = releases.previous_committed(deploy_dir), releases.current_release(deploy_dir) or {}
     if found is None:
         raise DeliveryError(doing, "there is no committed release before the current one", "-e list=true shows what there is.")
     if not data:
         return Target(_plain(found), "", "the committed release before the current one")
-    current = releases.current_release(deploy_dir) or {}
-    if not current.get("snapshot") or current.get("kind") != "promote":
+    if not left.get("snapshot") or left.get("kind") != "promote":
         raise DeliveryError(
-            doing, f"release {current.get('id')} took no snapshot set of the data before it", "Give one: -e snapshot=<set id>."
+            doing, f"release {left.get('id')} took no snapshot set of the data before it", "Give one: -e snapshot=<set id>."
         )
-    return _by_snapshot(deploy_dir, str(current["snapshot"]), "")
+    return _by_snapshot(deploy_dir, str(left["snapshot"]), "")
 
 
 def _data_alone(deploy_dir: str, set_id: str) -> Target:

@@ -103,7 +103,8 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.recovery import MIGRATION_KINDS, RESTORE_POLICIES, Evidence, decide
-from ansible_collections.selfhost.delivery.plugins.module_utils.releases import read_journal, read_release
+from ansible_collections.selfhost.delivery.plugins.module_utils.releases import fold, read_journal, read_release
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.sets import locked
 from ansible_collections.selfhost.delivery.plugins.module_utils.targets import replaced_set
 
 
@@ -121,6 +122,11 @@ def main() -> None:
     try:
         record = read_release(deploy_dir, release_id)
         entries = read_journal(deploy_dir, release_id)
+        folder = os.path.join(deploy_dir, "snapshots")
+        if os.path.isdir(folder) and fold(entries).current_steps & {"snapshotted", "restoring"}:
+            # A module that outlived its controller may still be at it; what it leaves is what has to be judged.
+            with locked(folder, timeout=3600):
+                pass
         evidence = Evidence.from_journal(entries, record, replaced_set(deploy_dir, entries))
     except DeliveryError as error:
         module.fail_json(**error.as_result())

@@ -404,7 +404,7 @@ class ReleaseManager:
                 return {**result, "changed": False}
             return {**result, "recover": releases.recovery_owed(unfinished)}
         identity = releases.fingerprint(params["tag"], params["plan"].get("images") or {}, params["files"], release_id)
-        if params["unchanged_ok"] and previous is not None and previous.get("fingerprint") == identity:
+        if params["unchanged_ok"] and previous is not None and previous.get("fingerprint") == identity and self._nothing_failed_since(previous):
             return {**result, **self._folder(previous["id"]), "changed": False, "unchanged": True, "release": previous}
         record = {
             "id": release_id,
@@ -424,6 +424,11 @@ class ReleaseManager:
         releases.create_release(self.deploy_dir, record, self.run_id, params["files"])
         return {**result, **self._folder(release_id), "release": record}
 
+    def _nothing_failed_since(self, previous: dict[str, t.Any]) -> bool:
+        """After a way back that failed, what is current need not be what runs."""
+        newer = (one for one in releases.list_releases(self.deploy_dir) if one["id"] > previous["id"])
+        return not any(one["state"]["status"] in ("rollback_failed", "frozen") for one in newer)
+
     def _is_this_one(self, unfinished: dict[str, t.Any]) -> bool:
         """Whether this very run made that release just before (a retried task) and has done nothing with it yet."""
         same = all(unfinished.get(key) == self.params[key] for key in ("run_id", "kind", "tag"))
@@ -437,7 +442,7 @@ class ReleaseManager:
         previous = releases.current_release(self.deploy_dir)
         unfinished = releases.open_release(self.deploy_dir)
         identity = releases.fingerprint(params["tag"], params["plan"].get("images") or {}, params["files"], release_id)
-        unchanged = bool(not unfinished and params["unchanged_ok"] and previous and previous.get("fingerprint") == identity)
+        unchanged = bool(not unfinished and params["unchanged_ok"] and previous and previous.get("fingerprint") == identity and self._nothing_failed_since(previous))
         shown = unfinished["id"] if unfinished else previous["id"] if unchanged and previous else release_id
         return {
             "changed": not unchanged,

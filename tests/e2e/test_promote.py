@@ -358,3 +358,15 @@ def test_records_tell_the_history_in_the_registry(site: Site) -> None:
     assert manifest["result"] == "committed"
     shown = site.run("status", site.staging).must_succeed().output
     assert "sha-two" in shown
+
+
+def test_same_tag_again_repairs_what_does_not_run(site: Site) -> None:
+    tag = site.production.current()
+    worker = next(name for name in site.production.containers() if "-worker-" in name)
+    subprocess.run(["docker", "rm", "--force", worker], check=True, stdout=subprocess.DEVNULL)
+    with Load(site.production.port) as load:
+        repaired = site.promote(site.production, tag, "-e", "delivery_override_gates=testing").must_succeed()
+    assert "something else runs" in repaired.output
+    running = site.production.containers(all_of_them=False)
+    assert len(running) == 3 and any("-worker-" in name for name in running), running
+    assert load.lost == [] and site.production.serving() == tag

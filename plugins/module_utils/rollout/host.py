@@ -233,6 +233,14 @@ class Host:
             f"Waiting for {service} to be ready", seen, "", "not_ready", service=service, container=container, logs=logs.splitlines()
         )
 
+    def await_dependencies(self, services: t.Mapping[str, t.Sequence[str]], timeout: float) -> None:
+        """Wait for those that run but are not healthy yet, as a database is after its data was restored."""
+        for service, containers in services.items():
+            states = {one: self.engine.inspect(one)["State"] for one in containers}
+            starting = [one for one, state in states.items() if state.get("Running") and (state.get("Health") or {}).get("Status", "healthy") != "healthy"]
+            if starting:
+                self.gate(service, ServiceSpec(service), starting, timeout)
+
     def probe(self, containers: t.Mapping[str, ServiceSpec], timeout: float, settle: bool = True) -> WaitResult:
         """Probe all containers side by side. ``settle`` false: one success is enough."""
         raw = [self._check(container, given, settle) for container, given in containers.items()]

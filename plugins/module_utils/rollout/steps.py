@@ -312,6 +312,9 @@ class Rollout:
 
     def dependencies(self) -> None:
         steps = [step for step in self.plan.dependencies if step.changes]
+        self.host.await_dependencies(
+            {step.service: step.old_ids for step in self.plan.dependencies if not step.changes}, DEPENDENCY_TIMEOUT
+        )
         self._report_unchanged(self.plan.dependencies)
         if not steps:
             return
@@ -435,10 +438,10 @@ class Rollout:
         self.replan()  # what `hold` stopped has to be started again even where nothing changed
         steps = [step for step in self.plan.services if step.changes]
         self._report_unchanged(self.plan.services)
+        self.remember()
         if not steps:
             self._let_requests_in()
             return
-        self.remember()
         fresh = [step for step in steps if step.action != "start"]
         created: dict[str, list[str]] = {}
         if fresh:
@@ -453,12 +456,9 @@ class Rollout:
 
     def _let_requests_in(self) -> None:
         """What `quiesced` held is let through: the new containers serve. Writes go on waiting where this release holds them."""
-        quiesced = any(entry["data"].get("quiesced") for entry in self.host.journal.entries())
-        if quiesced and self.spec.routes and self.host.has_edge:
+        if self.spec.routes and self.host.has_edge:
+            # Whoever held it, this release or one whose way back failed: what is asked now to confirm the release may pass.
             self.host.edge.hold(self.spec.project, "writes" if self.spec.hold else "off")
-        if self.spec.hold and self.spec.routes and self.host.has_edge:
-            # A data rollback let everything wait; what is asked now to confirm the release may pass, writes wait for the commit.
-            self.host.edge.hold(self.spec.project, "writes")
 
     def _startable(self, step: Step) -> list[str]:
         """The newest stopped containers that are right as they are."""

@@ -123,6 +123,11 @@ def revert_held(host: Host, hold_after: str = "off") -> dict[str, t.Any]:
     services: dict[str, t.Any] = {}
     warnings: list[str] = []
     errors: list[DeliveryError] = []
+    needed = [name for name in found.scope if name not in host.spec.services and name not in todo]
+    try:
+        host.await_dependencies({name: found.alive(found.old(name)) for name in needed}, DEPENDENCY_TIMEOUT)
+    except DeliveryError as exc:
+        errors.append(exc)
     for service in _undo_order(host.spec, found.scope):
         if service not in todo:
             services[service] = {"action": "unchanged", "seconds": 0.0}
@@ -138,7 +143,7 @@ def revert_held(host: Host, hold_after: str = "off") -> dict[str, t.Any]:
         services[service] = {"action": "reverted", "seconds": round(time.monotonic() - begun, 3)}
     if not errors:
         errors += _verify(host, record)
-    if not errors and hold_after != "keep" and (host.spec.hold or hold_after != "off" or _was_held(host)):
+    if not errors and hold_after != "keep":
         try:
             _set_hold(host, hold_after)
         except DeliveryError as exc:
@@ -330,7 +335,7 @@ def _app_containers(host: Host) -> dict[str, list[str]]:
 
 
 def finish(project_dir: str, release_id: str, run_id: str = "", check_mode: bool = False) -> dict[str, t.Any]:
-    """After the commit: remove the old containers, let requests through. What fails here only warns."""
+    """At the commit: let requests through, which must work, and remove the old containers, where what fails only warns."""
     loaded = _load(project_dir, release_id, run_id)
     if loaded is None:
         return _summary()
@@ -344,11 +349,8 @@ def finish(project_dir: str, release_id: str, run_id: str = "", check_mode: bool
             return _summary(delivery_warnings=[f"nothing tidied up: another run works here ({describe_holder(lock)})"])
         warnings: list[str] = []
         removed: dict[str, t.Any] = {}
-        if host.spec.hold or _was_held(host):
-            try:
-                _set_hold(host, "off")
-            except DeliveryError as exc:
-                warnings.append(exc.message)
+        # A hold that stays would refuse every write: that is no warning. The commit has begun, so the next run comes here again.
+        _set_hold(host, "off")
         try:
             replaced = _replaced(_Found(host, record))
         except DeliveryError as exc:

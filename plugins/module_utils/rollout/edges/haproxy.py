@@ -251,7 +251,12 @@ class HAProxyEdge:
             raise DeliveryError(tried, f"known are {', '.join(HOLDS)}")
         if not _NAME.fullmatch(project):
             raise DeliveryError(tried, f"{project!r} is not a project name")
-        path = self._hold_map(tried)
+        path = self._hold_map()
+        if path is None:
+            if what == "off":
+                return 0  # where nothing can be held, nothing is
+            seen = f"HAProxy has no map {self.hold_map or 'hold.map'}"
+            raise DeliveryError(tried, seen, "The role edge puts it there; run the playbook setup.")
         present = self._holds(path).get(project)
         if what == "off":
             if present is not None:
@@ -364,14 +369,13 @@ class HAProxyEdge:
 
     # -- hold
 
-    def _hold_map(self, tried: str) -> str:
+    def _hold_map(self) -> str | None:
         """The map file as HAProxy names it: the given one, else the one that is called ``hold.map``."""
         paths = re.findall(r"^-?\d+ \((.+?)\)", self.socket.ask("show map"), re.MULTILINE)
         for path in paths:
             if path == self.hold_map or (not self.hold_map and path.rsplit("/", 1)[-1] == "hold.map"):
                 return path
-        seen = f"HAProxy has no map {self.hold_map or 'hold.map'}"
-        raise DeliveryError(tried, seen, "The role edge puts it there; run the playbook setup.")
+        return None
 
     def _holds(self, path: str) -> dict[str, str]:
         entries = (line.split() for line in self.socket.ask(f"show map {path}").splitlines())

@@ -31,6 +31,8 @@ def evidence(**given: object) -> Evidence:
         ({"changed": True, "migrated": True, "held": True}, "always", "breaking", "undo", False),
         ({"changed": True, "migrated": True, "snapshot": "set", "commit_begun": True}, "always", "breaking", "finish", False),
         ({"changed": True, "replaced": "replaced-set"}, "never", "compatible", "undo", True),
+        ({"changed": True, "replaced": "replaced-set", "given_back": True}, "always", "breaking", "undo", False),
+        ({"changed": True, "migrated": True, "snapshot": "set", "held": True, "given_back": True}, "auto", "breaking", "undo", False),
     ],
 )
 def test_data_goes_back_only_where_nothing_is_lost_or_where_it_was_asked_for(given, restore, migrations, action, data_goes_back) -> None:
@@ -52,6 +54,17 @@ def test_writes_count_as_held_only_when_they_were_before_the_snapshot() -> None:
     assert Evidence.from_journal([*held, *snapshot], {}).held
     assert not Evidence.from_journal([*snapshot, *held], {}).held
     assert not Evidence.from_journal([entry("held", "begin"), *snapshot], {}).held
+
+
+def test_data_that_has_gone_back_does_not_go_back_again() -> None:
+    """What was written after the restore would be lost by a second one."""
+    snapshot = [entry("snapshotted", "begin"), entry("snapshotted", "end", set_id="s")]
+    restored = [entry("restoring", "begin", set_id="s"), entry("restoring", "end", set_id="s", replaced="kept")]
+    assert not Evidence.from_journal([*snapshot, restored[0]], {}).given_back
+    assert Evidence.from_journal([*snapshot, *restored], {}).given_back
+    assert not Evidence.from_journal(restored, {"kind": "rollback"}, "kept").given_back
+    again = [entry("restoring", "begin", set_id="kept"), entry("restoring", "end", set_id="kept")]
+    assert Evidence.from_journal([*restored, *again], {"kind": "rollback"}, "kept").given_back
 
 
 def test_what_a_rollback_replaced_is_evidence_only_for_a_rollback() -> None:

@@ -27,9 +27,9 @@ def commit(folder: Path, number: int, tag: str, snapshot: str = "", kind: str = 
     return release_id
 
 
-def take(folder: Path, set_id: str, previous: str, created: str = "2026-11-22T09:00:00.000Z") -> None:
+def take(folder: Path, set_id: str, previous: str, created: str = "2026-11-22T09:00:00.000Z", replaces: str = "") -> None:
     (folder / "snapshots").mkdir(exist_ok=True)
-    manifest = {"set_id": set_id, "created": created, "metadata": {"previous": previous}}
+    manifest = {"set_id": set_id, "created": created, "metadata": {"previous": previous}, "replaces": replaces}
     (folder / "snapshots" / f"{set_id}.manifest.json").write_text(json.dumps(manifest))
 
 
@@ -88,11 +88,25 @@ def entry(event: str, **data: object) -> dict[str, object]:
     return {"step": "restoring", "event": event, "time": "2026-11-22T09:00:00.000Z", "data": data}
 
 
+def test_an_undo_that_gives_the_kept_set_back_does_not_hide_it(folder: Path) -> None:
+    undone = [entry("begin", set_id="set-two"), entry("end", set_id="set-two", replaced="kept"), entry("begin", set_id="kept")]
+    assert replaced_set(str(folder), undone) == "kept"
+    assert replaced_set(str(folder), [*undone, entry("end", set_id="kept", replaced="second")]) == "kept"
+
+
+def test_a_commit_that_has_begun_counts_as_what_runs(folder: Path) -> None:
+    release_id = "20261123-090000-sha-three"
+    record = {"id": release_id, "tag": "sha-three", "kind": "promote", "started": "2026-11-23T09:00:00.000Z", "plan": {"images": {}}}
+    releases.create_release(str(folder), record, "run")
+    releases.Journal(releases.journal_path(str(folder), release_id), "run").begin("committed")
+    assert find_target(str(folder)).release["tag"] == "sha-two"
+
+
 def test_what_a_restore_replaced_is_known_from_its_end_or_from_the_set_it_kept(folder: Path) -> None:
     assert replaced_set(str(folder), []) == ""
     assert replaced_set(str(folder), [entry("begin", set_id="set-two"), entry("end", replaced="kept")]) == "kept"
     assert replaced_set(str(folder), [entry("begin", set_id="set-two")]) == ""
-    take(folder, "replaced-set-two-1", "", created="2026-11-21T09:00:00.000Z")  # of an earlier restore of the same set
-    take(folder, "replaced-set-two-2", "", created="2026-11-22T09:00:05.000Z")
-    take(folder, "replaced-set-two-3", "", created="2026-11-22T09:01:00.000Z")
+    take(folder, "replaced-set-two-1", "", created="2026-11-21T09:00:00.000Z", replaces="set-two")  # of an earlier restore of the same set
+    take(folder, "replaced-set-two-2", "", created="2026-11-22T09:00:05.000Z", replaces="set-two")
+    take(folder, "replaced-set-two-3", "", created="2026-11-22T09:01:00.000Z", replaces="set-two")
     assert replaced_set(str(folder), [entry("begin", set_id="set-two")]) == "replaced-set-two-2"
