@@ -99,6 +99,8 @@ release:
   sample: {tag: sha-abc}
 """
 
+import os
+
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError

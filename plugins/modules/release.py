@@ -404,7 +404,7 @@ class ReleaseManager:
                 return {**result, "changed": False}
             return {**result, "recover": releases.recovery_owed(unfinished)}
         identity = releases.fingerprint(params["tag"], params["plan"].get("images") or {}, params["files"], release_id)
-        if params["unchanged_ok"] and previous is not None and previous.get("fingerprint") == identity and self._nothing_failed_since(previous):
+        if params["unchanged_ok"] and previous is not None and self._is_current(previous, identity):
             return {**result, **self._folder(previous["id"]), "changed": False, "unchanged": True, "release": previous}
         record = {
             "id": release_id,
@@ -424,8 +424,10 @@ class ReleaseManager:
         releases.create_release(self.deploy_dir, record, self.run_id, params["files"])
         return {**result, **self._folder(release_id), "release": record}
 
-    def _nothing_failed_since(self, previous: dict[str, t.Any]) -> bool:
-        """After a way back that failed, what is current need not be what runs."""
+    def _is_current(self, previous: dict[str, t.Any], identity: str) -> bool:
+        """The same tag, digests and files; after a way back that failed, what is current need not be what runs."""
+        if previous.get("fingerprint") != identity:
+            return False
         newer = (one for one in releases.list_releases(self.deploy_dir) if one["id"] > previous["id"])
         return not any(one["state"]["status"] in ("rollback_failed", "frozen") for one in newer)
 
@@ -442,7 +444,7 @@ class ReleaseManager:
         previous = releases.current_release(self.deploy_dir)
         unfinished = releases.open_release(self.deploy_dir)
         identity = releases.fingerprint(params["tag"], params["plan"].get("images") or {}, params["files"], release_id)
-        unchanged = bool(not unfinished and params["unchanged_ok"] and previous and previous.get("fingerprint") == identity and self._nothing_failed_since(previous))
+        unchanged = bool(not unfinished and params["unchanged_ok"] and previous and self._is_current(previous, identity))
         shown = unfinished["id"] if unfinished else previous["id"] if unchanged and previous else release_id
         return {
             "changed": not unchanged,

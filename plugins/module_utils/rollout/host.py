@@ -237,7 +237,8 @@ class Host:
         """Wait for those that run but are not healthy yet, as a database is after its data was restored."""
         for service, containers in services.items():
             states = {one: self.engine.inspect(one)["State"] for one in containers}
-            starting = [one for one, state in states.items() if state.get("Running") and (state.get("Health") or {}).get("Status", "healthy") != "healthy"]
+            health = {one: (state.get("Health") or {}).get("Status", "healthy") for one, state in states.items() if state.get("Running")}
+            starting = [one for one, status in health.items() if status != "healthy"]
             if starting:
                 self.gate(service, ServiceSpec(service), starting, timeout)
 
