@@ -187,9 +187,9 @@ gate_integration() { run_pytest integration tests/integration -n 2 --dist loadfi
 
 gate_e2e() { run_pytest e2e tests/e2e -n 2 --dist loadfile; }
 
-# The README's main job with its own checks, in a place and on ports of its own.
+# The README's main job with its own checks, on ports of its own, and where the accounts of registry and edge can reach it.
 gate_demo() {
-    export DEMO_DIR=$cache/demo DEMO_NAME=delivery-gate DEMO_REGISTRY_PORT=25443 DEMO_STAGING_PORT=28181 DEMO_PRODUCTION_PORT=28180
+    export DEMO_DIR=/opt/selfhost-delivery-gate DEMO_NAME=delivery-gate DEMO_REGISTRY_PORT=25443 DEMO_STAGING_PORT=28181 DEMO_PRODUCTION_PORT=28180
     local code=0
     python -B demo/demo.py run || code=$?
     KEEP_CACHE=1 python -B demo/demo.py down || code=$?

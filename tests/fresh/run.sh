@@ -111,6 +111,9 @@ if [ -f "$bundle" ]; then
     for variable in SSL_CERT_FILE PIP_CERT REQUESTS_CA_BUNDLE CURL_CA_BUNDLE GIT_SSL_CAINFO; do
         environment+=(--env "$variable=/etc/ssl/callers-bundle.crt")
     done
+    # What runs pip with an environment of its own, as ansible-test does, reads the file.
+    grep -q '^cert *=' "$settings/etc/pip.conf" 2>/dev/null || printf '[global]\ncert =\n' >>"$settings/etc/pip.conf"
+    sed -i '/^cert *=/s#=.*#= /etc/ssl/callers-bundle.crt#' "$settings/etc/pip.conf"
 fi
 
 # The files to try.
