@@ -80,8 +80,10 @@ LIST
     if [ "$purpose" = test ]; then
         have socat || want socat "tests speak to sockets"
         is_installed busybox-static || want busybox-static "smallest test images"
-    fi
-    if ! have kopia && ! have restic; then
+        have setfattr || want attr "tests of what a snapshot keeps"
+        have mount || want mount "tests with a full disk"
+        have restic || want restic "snapshots; tested beside Kopia, and in its place where Kopia is not on PATH"
+    elif ! have kopia && ! have restic; then
         want restic "snapshots; Kopia is not on PATH and no package of this system has it, so restic takes its place"
     fi
 }

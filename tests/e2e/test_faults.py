@@ -30,6 +30,7 @@ STEPS = [
     ("verifying", "end"),
     ("committed", "begin"),
 ]
+LONG_STEPS = (("migrated", "begin"), ("rolling", "begin"))
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +54,15 @@ def _settled(environment: Environment, serving: str) -> None:
     assert sorted(environment.containers(all_of_them=False)) == sorted(names) and len(names) == 3, names
 
 
-@pytest.mark.parametrize("orphans", [False, True], ids=["with-its-modules", "controller-alone"])
-@pytest.mark.parametrize(("step", "event"), STEPS, ids=[f"{step}-{event}" for step, event in STEPS])
+@pytest.mark.parametrize(
+    ("step", "event", "orphans"),
+    [
+        *(pytest.param(*step, False, id="-".join(step)) for step in STEPS),
+        # Only a step inside a long module leaves an orphan that goes on working.
+        *(pytest.param(*step, True, id="-".join((*step, "controller-alone"))) for step in STEPS if step in LONG_STEPS),
+    ],
+)
 def test_killed_promotion_is_mended_by_the_next(site: Site, staging: Environment, step: str, event: str, orphans: bool) -> None:
-    if orphans and (step, event) not in (("migrated", "begin"), ("rolling", "begin")):
-        pytest.skip("only steps inside a long module leave an orphan that matters")
     before = staging.current()
     killed, after = f"sha-k{next(_numbers)}", f"sha-n{next(_numbers)}"
     site.build(killed)

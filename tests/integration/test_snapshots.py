@@ -21,9 +21,9 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.selfhost.delivery.plugins.module_utils import errors
+from ansible_collections.selfhost.delivery.plugins.module_utils import engine, errors
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import api
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import api, freeze
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import scan
 
 COLLECTIONS = Path(errors.__file__).absolute().parents[5]
@@ -410,6 +410,28 @@ def test_a_freeze_whose_guard_died_too_is_mended_by_the_next_run(one_site: Site)
     (one_site.manifests / ".freeze-old.json").write_text(json.dumps(record))
     one_site.call("snapshot", set_id="next")
     assert one_site.state() == "running" and one_site.leftovers() == []
+
+
+def test_a_container_the_engine_hangs_on_is_thawed_and_unpaused(one_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hang is a race of the engine's own health check with its pause; the first, impatient engine plays it, the rest is real."""
+    asked = []
+
+    class Hung(engine.Engine):
+        def inspect(self, container: str) -> dict[str, t.Any]:
+            if self.timeout == freeze.UNPAUSE_PATIENCE:
+                asked.append(container)
+                raise DeliveryError("Inspecting it", "no answer", failure_class="transport")
+            return super().inspect(container)
+
+    monkeypatch.setattr(freeze, "Engine", Hung)
+    identity = docker("inspect", "--format", "{{.Id}}", one_site.writer)
+    docker("pause", one_site.writer)
+    freeze.release(Hung(), [{"id": identity, "name": one_site.writer, "action": "pause", "found": "running"}])
+    assert asked == [identity]
+    assert one_site.state() == "running"
+    before = (one_site.data(0) / "n").read_text()
+    assert until(lambda: (one_site.data(0) / "n").read_text() not in ("", before), "the writer writing on")
+    docker("stop", "-t", "5", one_site.writer)
 
 
 # Steps of a restore of three parts: 1 staging, 2 holding, 3 swapping, 4-6 the exchanges, 7 releasing.

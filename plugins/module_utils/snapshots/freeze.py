@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import time
 import typing as t
@@ -14,6 +15,9 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.engine import En
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.guard import Guard
+
+#: Seconds until an engine that does not answer for a paused container is taken to hang; it answers in milliseconds.
+UNPAUSE_PATIENCE = 5.0
 
 CONSISTENCIES = ("none", "pause", "stop", "hooks")
 
@@ -94,11 +98,10 @@ def release(engine: Engine, held: t.Sequence[Held], last_error: DeliveryError | 
     problems = []
     for one in reversed(held):
         try:
-            state = engine.inspect(one["id"])["State"]
             if one["action"] == "pause":
-                if state.get("Paused"):
-                    engine.unpause(one["id"])
+                _unpause(engine, one["id"])
             else:
+                state = engine.inspect(one["id"])["State"]
                 if not state.get("Running"):
                     engine.start(one["id"])
                 if one.get("found") == "paused" and not engine.inspect(one["id"])["State"].get("Paused"):
@@ -203,6 +206,37 @@ def mend_patiently(engine: Engine, record: str) -> None:
             return
         except (DeliveryError, OSError):
             time.sleep(1)
+
+
+def _unpause(engine: Engine, container: str) -> None:
+    """Unpause, also where the engine hangs: a health check that began just when the container froze makes it wait for that check
+    with the container's lock in its hand, and so for ever. Thawed behind its back the check ends; frozen again, it is unpaused as usual."""
+    try:
+        quick = Engine(engine.socket, timeout=UNPAUSE_PATIENCE)
+        if quick.inspect(container)["State"].get("Paused"):
+            quick.unpause(container)
+        return
+    except DeliveryError as exc:
+        if isinstance(exc, EngineError) or not _set_frozen(container, False):
+            raise
+    if engine.inspect(container)["State"].get("Paused"):
+        _set_frozen(container, True)  # the engine refuses to unpause what is not frozen
+        engine.unpause(container)
+
+
+def _set_frozen(container: str, frozen: bool) -> bool:
+    """Freeze or thaw the container's processes through its control group; whether there was one.
+
+    Version 1 where there is a freezer of it: a mixed system has a version 2 beside it that the engine never thaws.
+    """
+    for pattern, word in (("freezer/**/*{}*/freezer.state", "FROZEN" if frozen else "THAWED"), ("**/*{}*/cgroup.freeze", str(int(frozen)))):
+        found = glob.glob(os.path.join("/sys/fs/cgroup", pattern.format(container)), recursive=True)
+        for path in found:
+            with open(path, "w", encoding="ascii") as handle:
+                handle.write(word)
+        if found:
+            return True
+    return False
 
 
 def _pause(engine: Engine, container: str) -> None:
