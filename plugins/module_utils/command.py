@@ -40,17 +40,19 @@ def run(
     cwd: str | None = None,
     stdin: str | None = None,
     grace: float = 10.0,
+    keep_stdout: bool = True,
 ) -> CommandResult:
     """Run ``argv`` in its own process group and wait for its end.
 
     ``env`` is added to the current environment (secrets go there or into ``stdin``, never into ``argv``).
     After ``timeout`` seconds the whole group gets SIGTERM, and SIGKILL after ``grace`` more.
+    Without ``keep_stdout`` standard output is thrown away unread, however long it is.
     A missing program raises ``FileNotFoundError``.
     """
     process = subprocess.Popen(
         list(argv),
         stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if keep_stdout else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, **(env or {})},
         cwd=cwd,
@@ -73,7 +75,7 @@ def run(
         _signal_group(process, signal.SIGKILL)
         process.wait()
         raise
-    return CommandResult(tuple(argv), -1 if timed_out else process.returncode, stdout, stderr, timed_out)
+    return CommandResult(tuple(argv), -1 if timed_out else process.returncode, stdout or "", stderr, timed_out)
 
 
 def _signal_group(process: subprocess.Popen[str], number: int) -> None:

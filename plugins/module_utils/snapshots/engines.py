@@ -14,7 +14,6 @@ import errno
 import hashlib
 import os
 import shutil
-import subprocess
 import typing as t
 from dataclasses import dataclass, field
 
@@ -197,24 +196,11 @@ class Base:
         """Variables for the program; the password is among them."""
         raise NotImplementedError
 
-    def call(self, *arguments: str, timeout: float | None = None) -> CommandResult:
+    def call(self, *arguments: str, timeout: float | None = None, keep_stdout: bool = True) -> CommandResult:
         """Run the program with the private environment."""
         self.prepare_directories()
-        return run([self.program, *arguments], timeout=timeout or self.settings.timeout, env=self.environment(), grace=30.0)
-
-    def discard_output(self, *arguments: str) -> CommandResult:
-        """Run the program and throw its standard output away unread, however long it is."""
-        argv = [self.program, *arguments]
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **self.environment()},
-            timeout=self.settings.timeout,
-            check=False,
-        )
-        return CommandResult(tuple(argv), done.returncode, "", done.stderr.decode(errors="replace"))
+        limit = timeout or self.settings.timeout
+        return run([self.program, *arguments], timeout=limit, env=self.environment(), grace=30.0, keep_stdout=keep_stdout)
 
     def failure(self, tried: str, result: CommandResult, remedy: str = "") -> DeliveryError:
         """A failed call as an error: the class tells a full disk from the rest, the password never shows."""
