@@ -67,7 +67,7 @@ services:
   keeper:
     image: shopfront-keeper:1
     volumes: [data:/data]
-    healthcheck: {test: [CMD, test, -f, /data/rows], interval: 200ms, retries: 50}
+    healthcheck: {test: [CMD, test, -f, /data/rows], interval: 1s, retries: 20}
 volumes:
   data:
 """

@@ -16,21 +16,15 @@ from .site_under_test import Environment, Load, Site
 
 _numbers = itertools.count(1)
 
-STEPS = [
-    ("planned", "end"),
-    ("pinned", "begin"),
-    ("pulled", "begin"),
-    ("snapshotted", "begin"),
-    ("snapshotted", "end"),
-    ("migrated", "begin"),
-    ("migrated", "end"),
-    ("rolling", "begin"),
-    ("rolling", "end"),
-    ("verifying", "begin"),
-    ("verifying", "end"),
-    ("committed", "begin"),
-]
-LONG_STEPS = (("migrated", "begin"), ("rolling", "begin"))
+#: Where promotions are killed one after the other: each but the first mends what the one before left, and is killed itself.
+ROWS = {
+    "before-the-data": [("planned", "end"), ("pinned", "begin"), ("pulled", "begin"), ("snapshotted", "begin")],
+    "at-the-data": [("snapshotted", "end"), ("migrated", "begin"), ("migrated", "end")],
+    "while-rolling": [("rolling", "begin"), ("rolling", "end"), ("verifying", "begin")],
+    "before-the-commit": [("verifying", "end"), ("committed", "begin")],
+}
+#: Steps inside a long module: with the controller alone killed, the module goes on working.
+LONG_STEPS = [("migrated", "begin"), ("rolling", "begin")]
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +48,29 @@ def _settled(environment: Environment, serving: str) -> None:
     assert sorted(environment.containers(all_of_them=False)) == sorted(names) and len(names) == 3, names
 
 
-@pytest.mark.parametrize(
-    ("step", "event", "orphans"),
-    [
-        *(pytest.param(*step, False, id="-".join(step)) for step in STEPS),
-        # Only a step inside a long module leaves an orphan that goes on working.
-        *(pytest.param(*step, True, id="-".join((*step, "controller-alone"))) for step in STEPS if step in LONG_STEPS),
-    ],
-)
-def test_killed_promotion_is_mended_by_the_next(site: Site, staging: Environment, step: str, event: str, orphans: bool) -> None:
-    before = staging.current()
-    killed, after = f"sha-k{next(_numbers)}", f"sha-n{next(_numbers)}"
-    site.build(killed)
-    site.build(after)
+def _kill_in_a_row(site: Site, staging: Environment, steps: t.Sequence[tuple[str, str]], orphans: bool = False) -> None:
+    """Kill a promotion at each of the steps, then let one go to its end; nothing is lost on the way, and everything has an end."""
+    tags = [site.build(f"sha-k{next(_numbers)}") for _step in (*steps, "the last")]
     with Load(staging.port) as load:
-        assert site.kill_at("promote", staging, step, event, "-e", f"tag={killed}", orphans=orphans), "it ended before the step was seen"
-        assert staging.serving() in (before, killed)
-        mended = site.promote(staging, after).must_succeed()
+        for (step, event), tag in zip(steps, tags):
+            reached = site.kill_at("promote", staging, step, event, "-e", f"tag={tag}", orphans=orphans)
+            assert reached, f"{tag} ended before {step} {event}"
+            assert staging.serving() in (staging.current(), tag), (step, event)
+            assert all(release.get("result") for release in _releases(staging)[:-1]), (step, event, _releases(staging)[-3:])
+        mended = site.promote(staging, tags[-1]).must_succeed()
     assert "was left open at step" in mended.output
     assert load.lost == [], (load.sent, load.lost[:5])
-    _settled(staging, after)
+    _settled(staging, tags[-1])
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_killed_promotions_are_mended_by_the_next(site: Site, staging: Environment, row: str) -> None:
+    _kill_in_a_row(site, staging, ROWS[row])
+
+
+@pytest.mark.parametrize("step", LONG_STEPS, ids="-".join)
+def test_a_module_that_outlives_its_controller_is_waited_for(site: Site, staging: Environment, step: tuple[str, str]) -> None:
+    _kill_in_a_row(site, staging, [step], orphans=True)
 
 
 @pytest.mark.parametrize(("step", "event"), [("migrated", "end"), ("rolling", "end")])

@@ -39,12 +39,13 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="NOT ROOT: volumes, owners and mounts need root"),
 ]
 
-#: Runs one function of api.py in a process of its own; SETUP may first put a fault in.
+#: Runs one function of api.py in a process of its own, with a warm pass however little there is; SETUP may first put a fault in.
 RUNNER = """
 import json, os, signal, sys
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import api, restore, sets
 what, kind, params, setup = json.loads(sys.stdin.read())
+sets.WARM_FROM = 0
 exec(setup)
 try:
     print(json.dumps(getattr(api, what)(kind, params, False)))

@@ -118,10 +118,13 @@ class Restic(Base):
     def delete(self, stored: t.Sequence[Stored]) -> None:
         if not stored:
             return
-        ids = sorted({one.snapshot for one in stored} & {item["id"] for item in self._listed()})
+        ids = sorted({one.snapshot for one in stored})
+        if self.call("forget", *ids, timeout=3600).ok:
+            return
+        # One may be gone already, or a killed backup has left a lock: unlock takes those of dead processes, forget wants none.
+        self.call("unlock", timeout=300)
+        ids = sorted({item["id"] for item in self._listed()}.intersection(ids))
         if ids:
-            # Removes only locks of dead processes; a killed backup leaves one, and forget wants the repository alone.
-            self.call("unlock", timeout=300)
             done = self.call("forget", *ids, timeout=3600)
             if not done.ok:
                 raise self.failure("delete restic snapshots", done)

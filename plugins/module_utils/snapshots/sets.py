@@ -45,6 +45,8 @@ _SET_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,159}\Z")
 _SUFFIX = ".manifest.json"
 #: Room that must stay free whatever is written.
 _RESERVE = 32 << 20
+#: Bytes from which a pass ahead of the window is worth its calls; less is read within a fraction of a second.
+WARM_FROM = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -422,10 +424,12 @@ class Taking:
 
     def warm_up(self) -> None:
         """Store most of the data while the app still runs; only its time is lost when something moves away under it."""
-        self.engine.prepare([*self.sources, self.folder])
         sync_file_systems(self.sources)
         scans = [scan(source, vanishing=True) for source in self.sources]
         self._refuse_names(scans)
+        if sum(tree.bytes for tree in scans) < WARM_FROM:
+            return
+        self.engine.prepare([*self.sources, self.folder])
         try:
             full = not self.engine.sees_every_change or not all(ctime_is_proof(source) for source in self.sources)
             self.made += self.engine.snapshot(self.sources, {**self.tags, "phase": "warm"}, full, self.request.freeze_timeout * 10)
