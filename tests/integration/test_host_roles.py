@@ -16,12 +16,21 @@ import ssl
 import stat
 import subprocess
 import sys
+import threading
 import typing as t
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import OCI_MANIFEST, Manifest
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COLLECTIONS = CHECKOUT / ".cache" / "collections"
@@ -55,8 +64,8 @@ class Run:
         return self
 
 
-def play(role: str, variables: t.Mapping[str, t.Any], *arguments: str, tasks_from: str = "main", folder: Path) -> Run:
-    """Run one role on this machine. Variables go through a file: a command line is world-readable."""
+def begin(role: str, variables: t.Mapping[str, t.Any], *arguments: str, tasks_from: str, folder: Path) -> subprocess.Popen[str]:
+    """Begin to run one role on this machine, in a session of its own. Variables go through a file: a command line is world-readable."""
     include: dict[str, t.Any] = {"name": f"selfhost.delivery.{role}", "tasks_from": tasks_from}
     book = folder / f"{role}-{tasks_from}.yml"
     tasks = [{"ansible.builtin.include_role": include}]
@@ -64,7 +73,7 @@ def play(role: str, variables: t.Mapping[str, t.Any], *arguments: str, tasks_fro
     given = folder / "variables.json"
     given.touch(mode=0o600)
     given.write_text(json.dumps({"ansible_connection": "local", "ansible_python_interpreter": sys.executable, **variables}))
-    done = subprocess.run(
+    return subprocess.Popen(
         [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", "-e", f"@{given}", *arguments, str(book)],
         env={
             **os.environ,
@@ -73,12 +82,23 @@ def play(role: str, variables: t.Mapping[str, t.Any], *arguments: str, tasks_fro
             "ANSIBLE_PIPELINING": "true",
             "LC_ALL": "C.UTF-8",
         },
-        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
-        check=False,
+        start_new_session=True,
     )
-    return Run(done.returncode, done.stdout + done.stderr)
+
+
+def play(role: str, variables: t.Mapping[str, t.Any], *arguments: str, tasks_from: str = "main", folder: Path) -> Run:
+    """Run one role on this machine to its end."""
+    with begin(role, variables, *arguments, tasks_from=tasks_from, folder=folder) as running:
+        try:
+            output, _nothing = running.communicate(timeout=300)
+        except BaseException:
+            os.killpg(running.pid, signal.SIGKILL)
+            raise
+        return Run(running.returncode, output)
 
 
 def mode(path: Path) -> int:
@@ -168,6 +188,19 @@ class Registry:
             [*command, f"https://{self.reference}/v2/"], input=login, capture_output=True, text=True, timeout=30, check=False
         ).stdout
 
+    def client(self) -> RegistryClient:
+        return RegistryClient(self.reference, ClientOptions("ci", PUSH, ca_path=str(self.authority), retries=0))
+
+    def takes_pushes(self) -> bool:
+        """Whether an upload can be begun; it is left unfinished. ``False`` where the registry says that it is read-only."""
+        try:
+            self.client().start_upload("uploads")
+        except DeliveryError as exc:
+            if exc.details.get("status") != 405:
+                raise
+            return False
+        return True
+
     def names(self) -> set[str]:
         context = ssl.create_default_context(cafile=str(self.authority))
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as raw:
@@ -253,6 +286,145 @@ def test_registry_stops_and_keeps_its_images(registry: Registry) -> None:
     assert (registry.home / "data").is_dir()
     registry.run().ok()
     assert registry.status("ci", PUSH) == "200"
+
+
+def push_image(client: RegistryClient, repository: str, tag: str, *layers: bytes) -> Manifest:
+    kinds = ("application/vnd.oci.image.config.v1+json", "application/vnd.oci.image.layer.v1.tar")
+    config = client.push_blob(repository, json.dumps({"os": "linux", "architecture": "amd64", "tag": tag}).encode(), kinds[0])
+    listed = [client.push_blob(repository, layer, kinds[1]).as_json() for layer in layers]
+    image = Manifest.build({"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config.as_json(), "layers": listed})
+    client.put_manifest(repository, image, tag)
+    return image
+
+
+def assert_whole(client: RegistryClient, repository: str, tag: str) -> None:
+    """Read an image, each byte checked."""
+    image = client.manifest(repository, tag)
+    assert image is not None, tag
+    for blob in image.blobs:
+        assert len(client.read_blob(repository, blob)) == blob.size
+
+
+def test_registry_collects_beside_pulls_and_breaks_no_push(registry: Registry) -> None:
+    client = registry.client()
+    layers = [bytes([number]) * 20_000 for number in range(8)]
+    old = push_image(client, "team/app", "sha-old", *layers)
+    push_image(client, "team/app", "sha-new", layers[0], b"of the new one")
+    push_image(client, "team/source", "sha-old", b"not in the repository that is collected")
+    assert registry.takes_pushes() and list(registry.home.glob("data/docker/registry/v2/repositories/uploads/_uploads/*"))
+    assert client.delete_manifest("team/app", old.digest) == "deleted"
+    blobs = registry.home / "data/docker/registry/v2/blobs"
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in blobs.rglob("data"))
+
+    pid, before = registry.pid, size()
+    assert registry.run("--check", tasks_from="collect").ok().changed == 1
+    assert (registry.pid, size()) == (pid, before)
+
+    # While it collects, images are pushed that are made of what is being deleted, and others are pulled.
+    stop, pushed, refused, pulled = threading.Event(), [], [], 0
+
+    def push() -> None:
+        number = 0
+        while not stop.wait(0.1):
+            number += 1
+            try:
+                push_image(registry.client(), "team/app", f"push-{number}", *layers, str(number).encode())
+                pushed.append(number)
+            except DeliveryError as exc:
+                refused.append((number, exc))
+
+    def pull() -> None:
+        nonlocal pulled
+        while not stop.wait(0.1):
+            try:
+                assert_whole(registry.client(), "team/app", "sha-new")
+                pulled += 1
+            except Interrupted:
+                pass  # the moment of a restart
+
+    with ThreadPoolExecutor(2) as others:
+        tasks = [others.submit(push), others.submit(pull)]
+        try:
+            run = registry.run(tasks_from="collect").ok()
+        finally:
+            stop.set()
+        for task in tasks:
+            task.result()
+    assert run.changed > 0 and registry.pid != pid
+    assert pulled and pushed and any(exc.details.get("status") == 405 for _number, exc in refused), refused
+    assert all("read-only" in exc.message or isinstance(exc, Interrupted) for _number, exc in refused), refused
+    assert not list(registry.home.glob("data/docker/registry/v2/repositories/uploads/_uploads/*"))
+    client = registry.client()
+    for number in pushed:
+        assert_whole(client, "team/app", f"push-{number}")
+    for number, _exc in refused:
+        assert client.manifest("team/app", f"push-{number}") is None
+        push_image(client, "team/app", f"push-{number}", *layers, str(number).encode())
+        assert_whole(client, "team/app", f"push-{number}")
+    assert_whole(client, "team/app", "sha-new")
+    assert_whole(client, "team/source", "sha-old")
+
+
+def test_registry_frees_what_nobody_needs_and_forgets_it(registry: Registry) -> None:
+    client = registry.client()
+    old = push_image(client, "team/freed", "sha-old", b"what is needed by nobody" * 1000)
+    kept = push_image(client, "team/freed", "sha-new", b"what is needed")
+    (layer,) = old.blobs[1:]
+    assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 200
+    client.delete_manifest("team/freed", old.digest)
+    run = registry.run("-vv", tasks_from="collect").ok()
+    assert f'"registry_collected_bytes": {len(old.body) + sum(blob.size for blob in old.blobs)}' in run.output
+    client = registry.client()
+    # The memory of the registry that took the push would say 200.
+    assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 404
+    assert client.probe_blob("team/freed", kept.blobs[1]) == "present"
+    assert registry.takes_pushes()
+    pid = registry.pid
+    assert registry.run(tasks_from="collect").ok().changed == 0
+    assert registry.pid == pid
+
+
+def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: Registry) -> None:
+    client = registry.client()
+    old = push_image(client, "team/killed", "sha-old", b"what is needed by nobody either")
+    client.delete_manifest("team/killed", old.digest)
+    with begin("registry", registry.variables(), tasks_from="collect", folder=registry.folder) as killed:
+        try:
+            while True:
+                try:
+                    if not registry.takes_pushes():
+                        break
+                except Interrupted:
+                    pass  # the moment of the restart
+                assert killed.poll() is None
+        finally:
+            os.killpg(killed.pid, signal.SIGKILL)
+    assert not registry.takes_pushes()
+    # A collection that goes on, stood for by another process of the same program that does not end by itself.
+    settings = yaml.safe_load((registry.home / "collecting.yml").read_text())
+    settings["http"]["addr"] = f"127.0.0.1:{free_port()}"
+    (registry.folder / "outlived.yml").write_text(json.dumps(settings))
+    outlived = subprocess.Popen(
+        ["docker-registry", "serve", str(registry.folder / "outlived.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        (registry.home / "collection.pid").write_text(f"{outlived.pid}\n")
+        metrics = f"127.0.0.1:{free_port()}"
+        registry.run(registry_metrics_address=metrics).ok()
+        assert outlived.wait(30) == -signal.SIGTERM
+    finally:
+        outlived.kill()
+        outlived.wait()
+    assert registry.takes_pushes()
+    assert not [name for name in ("collecting.yml", "collection.pid") if (registry.home / name).exists()]
+    with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
+        assert b"registry_http_requests_total" in answer.read()
+
+
+def test_registry_version_2_never_deletes_untagged_manifests(registry: Registry) -> None:
+    registry.run(tasks_from="collect", registry_collect_untagged=True).failed_with("is not version 3")
 
 
 def test_registry_refuses_bad_input_before_anything_changed(tmp_path: Path) -> None:
