@@ -368,9 +368,9 @@ def test_a_kill_at_any_moment_breaks_nothing_and_the_next_run_ends_it(
     assert number >= len(condemned) + 4
 
 
-def after_the_plan(on_write: t.Callable[..., None], act: t.Callable[[], None]) -> None:
-    """``act`` happens between plan and deletion: at the question whether the registry deletes."""
-    waiting = [act]
+def at_deletion(number: int, on_write: t.Callable[..., None], act: t.Callable[[], None]) -> None:
+    """``act`` happens at the ``number``-th request for a deletion; the first asks whether the registry deletes, before anything goes."""
+    waiting = [act, *[lambda: None] * number]
 
     def hook(method: str, _path: str) -> None:
         if method == "DELETE" and waiting:
@@ -379,7 +379,7 @@ def after_the_plan(on_write: t.Callable[..., None], act: t.Callable[[], None]) -
     on_write(hook)
 
 
-@pytest.mark.parametrize("what", ["promoted", "moved", "released", "signed", "used"])
+@pytest.mark.parametrize("what", ["promoted", "moved", "moved late", "released", "signed", "used"])
 def test_what_changes_between_plan_and_deletion_is_left(registries: Start, call: Call, on_write: t.Callable[..., None], what: str) -> None:
     a = registries()
     shop = Shop(a)
@@ -400,7 +400,9 @@ def test_what_changes_between_plan_and_deletion_is_left(registries: Start, call:
     def used() -> None:
         push_list(client, repository, "v1", {"amd64": shop.alone})
 
-    after_the_plan(on_write, {"promoted": promoted, "moved": moved, "released": released, "signed": signed, "used": used}[what])
+    acts = {"promoted": promoted, "moved": moved, "moved late": moved, "released": released, "signed": signed, "used": used}
+    # Late: sha-1 goes first, and the repository was read a moment ago.
+    at_deletion(1 if what == "moved late" else 0, on_write, acts[what])
     done = call("image_retention", **shop.wish)
     assert done["changed"]
     deleted = {entry["digest"] for entry in done["deleted"]}

@@ -209,18 +209,20 @@ def test_parts_go_with_their_last_index_and_referrers_with_their_subject() -> No
         },
         {"A": 1, "B": 2},
         A=Content(digest("A"), is_index=True, children=(digest("x"), digest("y"))),
-        B=Content(digest("B"), is_index=True, children=(digest("y"), digest("z"))),
+        B=Content(digest("B"), is_index=True, children=(digest("y"), digest("w"), digest("z"))),
         x=Content(digest("x")),
         y=Content(digest("y")),
+        w=Content(digest("w")),
         z=Content(digest("z")),
         q=Content(digest("q"), subject=digest("z")),
         n=Content(digest("n"), subject=digest("q")),
     )
     decision = decided(found, LAST)
     # The signature of the index after the parts; what belongs to a part after that part.
-    assert gone(decision) == [digest(name) for name in ("B", "z", "q", "n", "s")]
+    assert gone(decision) == [digest(name) for name in ("B", "w", "z", "q", "n", "s")]
     assert [(removal.what, removal.reason) for removal in decision.deleted] == [
         ("index", "not one of the last 1 of ^sha-"),
+        ("part", "part of sha-b"),
         ("part", "part of sha-b"),
         ("referrer", f"belongs to {digest('z')}"),
         ("referrer", f"belongs to {digest('q')}"),
@@ -297,12 +299,12 @@ def test_what_was_left_stays_with_its_parts() -> None:
 
 
 def test_the_oldest_go_first_and_everything_after_what_names_it() -> None:
-    ages: dict[str, float | None] = {name: age for age, name in enumerate("abcdef")}
+    ages: dict[str, float | None] = {name: age for age, name in enumerate("acebdf")}
     found = inventory({f"sha-{name}": name for name in "abcdef"}, ages)
-    # Each one lists the next newer one, and belongs to it by a tag of its own, as no tool does.
-    for newer, older in zip("bcde", "cdef"):
-        found.contents[digest(older)] = Content(digest(older), is_index=True, children=(digest(newer),))
-    assert gone(decided(found, LAST)) == [digest(name) for name in "fedcb"]
+    assert gone(decided(found, LAST)) == [digest(name) for name in "fdbec"]
+    # An index that is newer than its parts.
+    found.contents[digest("c")] = Content(digest("c"), is_index=True, children=(digest("d"), digest("f")))
+    assert gone(decided(found, LAST)) == [digest(name) for name in "becdf"]
 
 
 def test_names_of_tags_that_belong_to_a_digest() -> None:
