@@ -28,7 +28,7 @@ import yaml
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import OCI_MANIFEST, Manifest
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted
 
@@ -367,25 +367,6 @@ def test_registry_collects_beside_pulls_and_breaks_no_push(registry: Registry) -
     assert_whole(client, "team/source", "sha-old")
 
 
-def test_registry_frees_what_nobody_needs_and_forgets_it(registry: Registry) -> None:
-    client = registry.client()
-    old = push_image(client, "team/freed", "sha-old", b"what is needed by nobody" * 1000)
-    kept = push_image(client, "team/freed", "sha-new", b"what is needed")
-    (layer,) = old.blobs[1:]
-    assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 200
-    client.delete_manifest("team/freed", old.digest)
-    run = registry.run("-vv", tasks_from="collect").ok()
-    assert f'"registry_collected_bytes": {len(old.body) + sum(blob.size for blob in old.blobs)}' in run.output
-    client = registry.client()
-    # The memory of the registry that took the push would say 200.
-    assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 404
-    assert client.probe_blob("team/freed", kept.blobs[1]) == "present"
-    assert registry.takes_pushes()
-    pid = registry.pid
-    assert registry.run(tasks_from="collect").ok().changed == 0
-    assert registry.pid == pid
-
-
 def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: Registry) -> None:
     client = registry.client()
     old = push_image(client, "team/killed", "sha-old", b"what is needed by nobody either")
@@ -412,8 +393,10 @@ def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: R
     try:
         (registry.home / "collection.pid").write_text(f"{outlived.pid}\n")
         metrics = f"127.0.0.1:{free_port()}"
-        registry.run(registry_metrics_address=metrics).ok()
-        assert outlived.wait(30) == -signal.SIGTERM
+        # What it refuses it refuses after that: version 2 would delete parts of indexes that have a tag.
+        wish = {"registry_metrics_address": metrics, "registry_collect_untagged": True}
+        registry.run(tasks_from="collect", **wish).failed_with("is not version 3")
+        assert outlived.wait(30) is not None
     finally:
         outlived.kill()
         outlived.wait()
@@ -423,8 +406,49 @@ def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: R
         assert b"registry_http_requests_total" in answer.read()
 
 
-def test_registry_version_2_never_deletes_untagged_manifests(registry: Registry) -> None:
-    registry.run(tasks_from="collect", registry_collect_untagged=True).failed_with("is not version 3")
+def test_registry_frees_what_nobody_needs_and_forgets_it(registry: Registry) -> None:
+    client = registry.client()
+    old = push_image(client, "team/freed", "sha-old", b"what is needed by nobody" * 1000)
+    kept = push_image(client, "team/freed", "sha-new", b"what is needed")
+    (layer,) = old.blobs[1:]
+    assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 200
+    client.delete_manifest("team/freed", old.digest)
+    run = registry.run("-vv", tasks_from="collect").ok()
+    # Its config is that of another image too.
+    assert f'"registry_collected_bytes": {len(old.body) + layer.size}' in run.output, run.output
+    client = registry.client()
+    # The memory of the registry that took the push would say 200.
+    assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 404
+    assert client.probe_blob("team/freed", kept.blobs[1]) == "present"
+    assert registry.takes_pushes()
+    pid = registry.pid
+    assert registry.run(tasks_from="collect").ok().changed == 0
+    assert registry.pid == pid
+
+
+def test_registry_version_3_collects_what_has_no_tag(tmp_path: Path) -> None:
+    needs("registry")
+    made = Registry(tmp_path, free_port())
+    wish = {"registry_program": shutil.which("registry"), "registry_metrics_address": f"127.0.0.1:{free_port()}"}
+    try:
+        made.run(**wish).ok()
+        client = made.client()
+        moved = push_image(client, "app", "staging", b"what staging named before")
+        push_image(client, "app", "staging", b"what it names now")
+        part = push_image(client, "app", "part", b"part of an index")
+        index = Manifest.build({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [part.descriptor().as_json()]})
+        client.put_manifest("app", index, "v1")
+        assert client.delete_manifest("app", "part") == "deleted"
+        run = made.run("-vv", tasks_from="collect", registry_collect_untagged=True, **wish).ok()
+        assert f'"registry_collected_bytes": {len(moved.body) + sum(blob.size for blob in moved.blobs[1:])}' in run.output, run.output
+        client = made.client()
+        assert client.manifest("app", moved.digest) is None
+        assert client.manifest("app", "v1") is not None
+        for version in (part.digest, "staging"):
+            assert_whole(client, "app", version)
+        assert made.takes_pushes()
+    finally:
+        made.run(tasks_from="stopped", **wish)
 
 
 def test_registry_refuses_bad_input_before_anything_changed(tmp_path: Path) -> None:

@@ -424,6 +424,18 @@ def test_what_changes_between_plan_and_deletion_is_left(registries: Start, call:
         assert len(records) == 1
 
 
+def test_an_index_that_lost_its_tag_since_the_plan_keeps_its_parts(registries: Start, call: Call, on_write: t.Callable[..., None]) -> None:
+    a = registries()
+    client = client_of(a)
+    index = push_list(client, "app", "sha-1", {"amd64": push(client, "app", None, [b"old"], 20)})
+    new = push(client, "app", "sha-2", [b"new"], 1)
+    at_deletion(0, on_write, lambda: t.cast(None, client.put_manifest("app", new, "sha-1")))
+    wish = {"repositories": [f"{a.address}/app"], "rules": [{"pattern": "^sha-", "keep": 1}], "plain_http": True}
+    assert not call("image_retention", **wish)["deleted"]
+    assert_whole(client, "app", index.digest, index.digest)
+    assert client.tags("app") == {"sha-1", "sha-2"}
+
+
 def test_deletion_switched_off_midway_is_one_message_and_the_next_run_goes_on(
     registries: Start, call: Call, on_write: t.Callable[..., None]
 ) -> None:
