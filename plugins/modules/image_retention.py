@@ -236,7 +236,7 @@ def main() -> None:
                     "keep_none": {"type": "bool", "default": False},
                 },
             },
-            "keep_digests": {"type": "list", "elements": "str", "default": [], "no_log": False},
+            "keep_digests": {"type": "list", "elements": "str", "default": []},
             "orphans": {"type": "bool", "default": False},
             **REGISTRY_ARGUMENTS,
         },

@@ -25,11 +25,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from registry_fixture import registries  # noqa: F401 # pylint: disable=unused-import
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import OCI_INDEX, OCI_MANIFEST, Manifest
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transfer import Rules, Wish, promote
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -191,6 +193,10 @@ class Registry:
     def client(self) -> RegistryClient:
         return RegistryClient(self.reference, ClientOptions("ci", PUSH, ca_path=str(self.authority), retries=0))
 
+    def disk(self) -> int:
+        """Bytes of all blobs on its disk."""
+        return sum(path.stat().st_size for path in (self.home / "data/docker/registry/v2/blobs").rglob("data"))
+
     def takes_pushes(self) -> bool:
         """Whether an upload can be begun; it is left unfinished. ``False`` where the registry says that it is read-only."""
         try:
@@ -305,33 +311,34 @@ def assert_whole(client: RegistryClient, repository: str, tag: str) -> None:
         assert len(client.read_blob(repository, blob)) == blob.size
 
 
-def test_registry_collects_beside_pulls_and_breaks_no_push(registry: Registry) -> None:
-    client = registry.client()
+def test_registry_collects_beside_pulls_and_breaks_no_promotion(registry: Registry, registries: t.Callable[..., t.Any]) -> None:
+    client, build = registry.client(), registries()
+    plain, login = ClientOptions(plain_http=True, retries=0), registry.client().options
     layers = [bytes([number]) * 20_000 for number in range(8)]
     old = push_image(client, "team/app", "sha-old", *layers)
     push_image(client, "team/app", "sha-new", layers[0], b"of the new one")
     push_image(client, "team/source", "sha-old", b"not in the repository that is collected")
     assert registry.takes_pushes() and list(registry.home.glob("data/docker/registry/v2/repositories/uploads/_uploads/*"))
     assert client.delete_manifest("team/app", old.digest) == "deleted"
-    blobs = registry.home / "data/docker/registry/v2/blobs"
-
-    def size() -> int:
-        return sum(path.stat().st_size for path in blobs.rglob("data"))
-
-    pid, before = registry.pid, size()
+    pid, before = registry.pid, registry.disk()
     assert registry.run("--check", tasks_from="collect").ok().changed == 1
-    assert (registry.pid, size()) == (pid, before)
+    assert (registry.pid, registry.disk()) == (pid, before)
 
-    # While it collects, images are pushed that are made of what is being deleted, and others are pulled.
-    stop, pushed, refused, pulled = threading.Event(), [], [], 0
+    # While it collects, images are promoted that are made of what is being deleted, and others are pulled.
+    stop, promoted, refused, pulled = threading.Event(), [], [], 0
 
-    def push() -> None:
+    def promote_one(number: int) -> None:
+        wish = Wish.parse(f"{build.address}/app:push-{number}", f"{registry.reference}/team/app")
+        promote([wish], Rules(), plain, login)
+
+    def promote_many() -> None:
         number = 0
         while not stop.wait(0.1):
             number += 1
+            push_image(RegistryClient(build.address, plain), "app", f"push-{number}", *layers, str(number).encode())
             try:
-                push_image(registry.client(), "team/app", f"push-{number}", *layers, str(number).encode())
-                pushed.append(number)
+                promote_one(number)
+                promoted.append(number)
             except DeliveryError as exc:
                 refused.append((number, exc))
 
@@ -345,7 +352,7 @@ def test_registry_collects_beside_pulls_and_breaks_no_push(registry: Registry) -
                 pass  # the moment of a restart
 
     with ThreadPoolExecutor(2) as others:
-        tasks = [others.submit(push), others.submit(pull)]
+        tasks = [others.submit(promote_many), others.submit(pull)]
         try:
             run = registry.run(tasks_from="collect").ok()
         finally:
@@ -353,15 +360,15 @@ def test_registry_collects_beside_pulls_and_breaks_no_push(registry: Registry) -
         for task in tasks:
             task.result()
     assert run.changed > 0 and registry.pid != pid
-    assert pulled and pushed and any(exc.details.get("status") == 405 for _number, exc in refused), refused
+    assert pulled and promoted and any(exc.details.get("status") == 405 for _number, exc in refused), refused
     assert all("read-only" in exc.message or isinstance(exc, Interrupted) for _number, exc in refused), refused
     assert not list(registry.home.glob("data/docker/registry/v2/repositories/uploads/_uploads/*"))
     client = registry.client()
-    for number in pushed:
+    for number in promoted:
         assert_whole(client, "team/app", f"push-{number}")
     for number, _exc in refused:
         assert client.manifest("team/app", f"push-{number}") is None
-        push_image(client, "team/app", f"push-{number}", *layers, str(number).encode())
+        promote_one(number)
         assert_whole(client, "team/app", f"push-{number}")
     assert_whole(client, "team/app", "sha-new")
     assert_whole(client, "team/source", "sha-old")
@@ -413,9 +420,10 @@ def test_registry_frees_what_nobody_needs_and_forgets_it(registry: Registry) -> 
     (layer,) = old.blobs[1:]
     assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 200
     client.delete_manifest("team/freed", old.digest)
+    before = registry.disk()
     run = registry.run("-vv", tasks_from="collect").ok()
-    # Its config is that of another image too.
-    assert f'"registry_collected_bytes": {len(old.body) + layer.size}' in run.output, run.output
+    freed = before - registry.disk()
+    assert freed >= len(old.body) + layer.size and f'"registry_collected_bytes": {freed}' in run.output, run.output
     client = registry.client()
     # The memory of the registry that took the push would say 200.
     assert client.request("HEAD", f"/v2/team/freed/blobs/{layer.digest}", []).status == 404
