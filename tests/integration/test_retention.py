@@ -334,9 +334,9 @@ def on_write(monkeypatch: pytest.MonkeyPatch) -> t.Callable[[t.Callable[[str, st
 
 
 def test_a_kill_at_any_moment_breaks_nothing_and_the_next_run_ends_it(
-    registries: Start, call: Call, on_write: t.Callable[..., None], program: str
+    registries: Start, call: Call, on_write: t.Callable[..., None]
 ) -> None:
-    a = registries(program=program)
+    a = registries()
     step = {"left": -1, "seen": 0}
 
     def kill(_method: str, _path: str) -> None:
