@@ -37,6 +37,10 @@ def push_scope(repository: str) -> str:
     return f"repository:{repository}:pull,push"
 
 
+def delete_scope(repository: str) -> str:
+    return f"repository:{repository}:delete"
+
+
 class RegistryClient:
     """Talks to one registry; safe to use from several threads. Close it, or use :class:`Registries`."""
 
@@ -102,6 +106,9 @@ class RegistryClient:
             return refused_credentials(tried, self.registry, self._auth.credentials, said)
         if response.status == 400 and b"HTTP request to an HTTPS server" in response.body:
             return DeliveryError(tried, f"{self.registry} speaks TLS", "Do not set plain_http for it.", "config")
+        if response.status == 405:
+            remedy = "It is read-only now, perhaps while its garbage is collected: run again later."
+            return DeliveryError(tried, f"{self.registry} answered {said}", remedy, "transport", status=405)
         return DeliveryError(tried, f"{self.registry} answered {said}", "Look at the registry's log.", "transport", status=response.status)
 
     # -- manifests -------------------------------------------------------------------------------------------------
@@ -146,6 +153,21 @@ class RegistryClient:
                 tried, f"the registry made {told} of {manifest.digest}", "It changes manifests; use one that keeps them.", "transport"
             )
         return response
+
+    def delete_manifest(self, repository: str, version: str) -> str:
+        """Delete by digest, and with it every tag that names it, or a tag alone; returns what became of it.
+
+        ``deleted``; ``absent``: it was not there; ``unsupported``: this registry does not delete such (deletion is switched off, or
+        it is read-only, or it knows no deletion of a tag alone, as distribution 2).
+        """
+        response = self.request("DELETE", f"/v2/{repository}/manifests/{version}", [delete_scope(repository)])
+        if response.status in (200, 202, 204):
+            return "deleted"
+        if response.status == 404:
+            return "absent"
+        if response.status in (405, 501) or (response.status == 400 and ":" not in version):
+            return "unsupported"
+        raise self.refusal(f"delete {self.registry}/{repository}{'@' if ':' in version else ':'}{version}", response)
 
     def tags(self, repository: str) -> frozenset[str] | None:
         """All tags; ``None`` where the registry does not tell (no right, or no such call)."""

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import Registries, RegistryClient
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import Descriptor, canonical_json
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import Descriptor, Manifest, canonical_json
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import Reference
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import attach, list_referrers
@@ -50,6 +50,14 @@ def find_record(client: RegistryClient, repository: str, digest: str, record: t.
         if all(told.get(_PREFIX + key) == wanted[_PREFIX + key] for key in IDENTITY):
             return referrer.digest
     return None
+
+
+def said_in(manifest: Manifest) -> dict[str, str] | None:
+    """The identity of the record that ``manifest`` is, from its annotations; ``None`` when it is no record."""
+    if manifest.content.get("artifactType") != RECORD_TYPE:
+        return None
+    told = manifest.content.get("annotations") or {}
+    return {key: str(told.get(_PREFIX + key) or "unknown") for key in IDENTITY}
 
 
 def attach_record(client: RegistryClient, repository: str, subject: Descriptor, record: t.Mapping[str, t.Any]) -> str:

@@ -14,6 +14,7 @@ garbage collection, which in distribution 2 takes what only an index names.
 from __future__ import annotations
 
 import random
+import re
 import time
 import typing as t
 
@@ -31,13 +32,14 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference im
 #: cosign v2 keeps what belongs to an image under these tags.
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
 _OWN_TAG = ".ref-"
+_BELONGING = re.compile(r"(?:(sha256)-([0-9a-f]{64})|sha512-[0-9a-f]{64,})(?:\..+)?\Z")
 _WRITE_ATTEMPTS = 8
 
 
 def list_referrers(client: RegistryClient, repository: str, digest: str, artifact_type: str | None = None) -> list[Descriptor]:
     """Everything that names ``digest`` as its subject, from the API, the fallback tag and our own tags, each once."""
     entries: dict[str, dict[str, t.Any]] = {}
-    from_api = _from_api(client, repository, digest)
+    from_api = list_api(client, repository, digest)
     for entry in (from_api or []) + _from_fallback(client, repository, digest):
         entries.setdefault(entry["digest"], entry)
     if from_api is None:
@@ -91,6 +93,17 @@ def own_tag(subject: str, digest: str) -> str:
     return digest_tag(subject, _OWN_TAG + digest.split(":", 1)[1][:16])
 
 
+def belongs_to(tag: str) -> str | None:
+    """The digest to which ``tag`` belongs by its name, as the fallback tag, our own tags and those of cosign do.
+
+    ``None`` for a tag with a name of its own; empty where the digest is too long to stand whole in a tag (sha512).
+    """
+    match = _BELONGING.match(tag)
+    if match is None:
+        return None
+    return f"{match.group(1)}:{match.group(2)}" if match.group(1) else ""
+
+
 def merge_entries(present: t.Sequence[t.Mapping[str, t.Any]], added: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, dict[str, t.Any]]:
     """Entries by digest: what is there stays, in its order; what is new comes after it."""
     merged = {str(entry["digest"]): dict(entry) for entry in present}
@@ -112,8 +125,8 @@ def is_fallback_index(manifest: Manifest, subject: str) -> bool:
     return manifest.is_index and manifest.digest != subject
 
 
-def _from_api(client: RegistryClient, repository: str, digest: str) -> list[dict[str, t.Any]] | None:
-    """The API's list, or ``None`` where the registry has no such API."""
+def list_api(client: RegistryClient, repository: str, digest: str) -> list[dict[str, t.Any]] | None:
+    """The referrers API's own list, as it says it; ``None`` where the registry has no such API."""
     if client.referrers_api is False:
         return None
     entries: list[dict[str, t.Any]] = []
