@@ -32,7 +32,7 @@ _START_TIMEOUT = 20.0
 class Registry:
     """A running registry. ``address`` is ``host:port``; ``ca_path`` is set with TLS, ``username`` and ``password`` with htpasswd."""
 
-    def __init__(self, directory: Path, config: dict[str, t.Any], tls: bool, htpasswd: bool) -> None:
+    def __init__(self, directory: Path, config: dict[str, t.Any], tls: bool, htpasswd: bool, program: str | None = None) -> None:
         self.directory = directory
         self.storage = directory / "storage"
         self.ca_path = str(directory / "ca.pem") if tls else None
@@ -40,6 +40,7 @@ class Registry:
         self.username = USERNAME if htpasswd else None
         self.password = PASSWORD if htpasswd else None
         self._config = config
+        self._program = program or programs()[0]
         self._process: subprocess.Popen[bytes] | None = None
         self.address = ""
         self.start()
@@ -63,7 +64,7 @@ class Registry:
         config = self.directory / "config.yml"
         config.write_text(json.dumps(self._config))
         with log.open("wb") as sink:
-            self._process = subprocess.Popen([_program(), "serve", str(config)], stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen([self._program, "serve", str(config)], stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
         deadline = time.monotonic() + _START_TIMEOUT
         while not self._answers(log.read_text(errors="replace")):
             if self._process.poll() is not None or time.monotonic() > deadline:
@@ -96,6 +97,23 @@ class Registry:
                 self._process.wait()
             self._process = None
 
+    def reconfigure(self, **storage: t.Any) -> None:
+        """Start it again with other storage settings: ``delete={"enabled": False}``, ``maintenance={"readonly": {"enabled": True}}``."""
+        self.stop()
+        self._config["storage"].update(storage)
+        self.start()
+
+    def collect(self) -> None:
+        """Collect garbage while it is stopped."""
+        self.stop()
+        subprocess.run([self._program, "garbage-collect", str(self.directory / "config.yml")], check=True, capture_output=True)
+        self.start()
+
+    def disk(self) -> dict[str, int]:
+        """Bytes of every blob and manifest on its disk, by digest."""
+        blobs = self.storage / "docker/registry/v2/blobs/sha256"
+        return {f"sha256:{path.parent.name}": path.stat().st_size for path in blobs.glob("*/*/data")}
+
     def blob_file(self, digest: str) -> Path:
         """Where the bytes of a blob or manifest lie."""
         value = digest.split(":", 1)[1]
@@ -117,12 +135,14 @@ def start_registry(
     relative_urls: bool = False,
     token: dict[str, str] | None = None,
     cache: bool = False,
+    program: str | None = None,
 ) -> Registry:
     """Start a registry in the new ``directory``, with deletion enabled.
 
     ``htpasswd``: user and password are ``USERNAME`` and ``PASSWORD``. ``tls``: with a certificate for 127.0.0.1 and localhost by a CA of
     its own. ``relative_urls``: uploads are answered without a host. ``token``: the ``auth.token`` section of its configuration.
     ``cache``: descriptors are kept in memory, as most installations do; such a registry answers HEAD for blobs that are gone.
+    ``program``: one of :func:`programs`, by default the first.
     """
     directory.mkdir(parents=True)
     (directory / "storage").mkdir()
@@ -144,7 +164,7 @@ def start_registry(
     if tls:
         make_certificate(directory)
         config["http"]["tls"] = {"certificate": str(directory / "server.pem"), "key": str(directory / "server.key")}
-    return Registry(directory, config, tls, htpasswd)
+    return Registry(directory, config, tls, htpasswd, program)
 
 
 def make_certificate(directory: Path) -> None:
@@ -177,12 +197,12 @@ def make_certificate(directory: Path) -> None:
     )
 
 
-def _program() -> str:
-    for name in PROGRAMS:
-        found = shutil.which(name)
-        if found:
-            return found
-    pytest.fail("these tests need a registry: install the package docker-registry (program docker-registry or registry)")
+def programs() -> list[str]:
+    """The registry programs on PATH, one for each name: Debian's ``docker-registry`` is version 2, ``registry`` version 3."""
+    found = [path for path in map(shutil.which, PROGRAMS) if path]
+    if not found:
+        pytest.fail("these tests need a registry: install the package docker-registry (program docker-registry or registry)")
+    return found
 
 
 def _need(program: str, package: str) -> None:
@@ -190,12 +210,21 @@ def _need(program: str, package: str) -> None:
         pytest.fail(f"these tests need {program}: install the package {package}")
 
 
+#: For tests of what the two versions of distribution do differently, or might.
+both_versions = pytest.mark.parametrize("registries", PROGRAMS, indirect=True)
+
+
 @pytest.fixture
-def registries(tmp_path: Path) -> t.Iterator[t.Callable[..., Registry]]:
+def registries(tmp_path: Path, request: pytest.FixtureRequest) -> t.Iterator[t.Callable[..., Registry]]:
     """Starts registries with the options of :func:`start_registry`; stops them after the test."""
     running: list[Registry] = []
+    wanted: str | None = getattr(request, "param", None)
+    if wanted:
+        _need(wanted, "that scripts/bootstrap.sh test installs")
 
     def start(**options: t.Any) -> Registry:
+        if wanted:
+            options.setdefault("program", shutil.which(wanted))
         running.append(start_registry(tmp_path / f"registry{len(running)}", **options))
         return running[-1]
 

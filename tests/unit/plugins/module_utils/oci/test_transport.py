@@ -98,7 +98,7 @@ def client(server: Server, **options: t.Any) -> RegistryClient:
 
 def test_retry_policy() -> None:
     policy = RetryPolicy(3)
-    for attempt, longest in ((0, 0.2), (1, 0.4), (2, 0.8)):
+    for attempt, longest in ((0, 0.5), (1, 1), (2, 2)):
         delay = policy.delay(attempt)
         assert delay is not None and longest / 2 <= delay <= longest
     assert policy.delay(3) is None and RetryPolicy(0).delay(0) is None
