@@ -1,3 +1,5 @@
+// The image registry distribution, version 3, built by scripts/bootstrap.sh for the tests; packages have version 2.
+// The one version that is built is the one required below; go.sum pins every byte of it.
 module selfhost.delivery/build/registry
 
 go 1.26.0

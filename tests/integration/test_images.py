@@ -519,6 +519,50 @@ def test_info_of_an_unknown_tag(registries: Start, call: t.Callable[..., Result]
     assert_refused(call("image_promote", source=names[1], destination=f"{a.address}/x", plain_http=True), "config", "has no tag sha-nope")
 
 
+@both_versions
+def test_info_of_all_tags_with_what_they_share_and_what_belongs_to_them(registries: Start, call: t.Callable[..., Result]) -> None:
+    a = registries()
+    client = client_of(a)
+    base = os.urandom(5000)
+    one = push_image(client, "app", "sha-1", [base, b"one"])
+    two = push_image(client, "app", "sha-2", [base, b"second"])
+    index, children = push_index(client, "app", "sha-3")
+    push_image(client, "app", "latest", [b"other"])
+    sbom = attach(client, "app", children["arm64"].descriptor(), "application/spdx+json", b"{}", {"tool": "x"})
+    stored = client.manifest("app", sbom)
+    assert stored is not None
+    proof = attach(client, "app", stored.descriptor(), "application/vnd.test.signature", b"signed")
+    cosign = push_image(client, "app", digest_tag(index.digest, ".sig"), [b"signature"])
+
+    names = [f"{a.address}/app", f"{a.address}/app@{one.digest}"]
+    images = call("image_info", images=names, tags=["^sha-"], layers=True, referrers=True, plain_http=True)["images"]
+    assert [entry["tag"] for entry in images] == ["sha-1", "sha-2", "sha-3", None]
+    assert [entry["digest"] for entry in images] == [one.digest, two.digest, index.digest, one.digest]
+    first, _second, third, _again = images
+    assert first["shared"] == [
+        {"reference": f"{a.address}/app:sha-2", "layers": 1, "size": 5000},
+        {"reference": names[1], "layers": 2, "size": 5003},
+    ]
+    assert [entry["unique_size"] for entry in images] == [0, 6, 10000, 0]
+    assert first["variants"] == [{"platform": "linux/amd64", "digest": one.digest, "size": first["size"], "layers": 2}]
+    assert first["referrers"] == [] and third["shared"] == []
+    assert [(entry["platform"], entry["digest"], entry["layers"]) for entry in third["variants"]] == [
+        (f"linux/{arch}", children[arch].digest, 1) for arch in ("amd64", "arm64")
+    ]
+    assert third["total_size"] == sum(blob.size for child in children.values() for blob in child.blobs)
+    expected = {
+        (cosign.digest, index.digest, "application/vnd.oci.image.config.v1+json", digest_tag(index.digest, ".sig")),
+        (sbom, children["arm64"].digest, "application/spdx+json", None),
+        (proof, sbom, "application/vnd.test.signature", None),
+    }
+    assert {(item["digest"], item["subject"], item["artifact_type"], item["tag"]) for item in third["referrers"]} == expected
+    assert [item["annotations"] for item in third["referrers"] if item["digest"] == sbom] == [{"tool": "x"}]
+
+    listed = call("image_info", images=names[:1], tags=["."], plain_http=True)["images"]
+    assert [entry["tag"] for entry in listed] == ["latest", "sha-1", "sha-2", "sha-3"]
+    assert_refused(call("image_info", images=names[:1], tags=["("], plain_http=True), "config", "pattern", "regular expression")
+
+
 # -- who may, and whom to trust ------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.auth import 
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import ACCEPT, Descriptor, Manifest
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import DOCKER_HUB, Reference, digest_of
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Origin, Response, Transport
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Origin, Response, Transport, answer_of
 
 #: No manifest, token answer or error text is larger than this; registries refuse manifests above 4 MiB.
 _SMALL = 8 * 1024 * 1024
@@ -103,7 +103,7 @@ class RegistryClient:
 
     def refusal(self, tried: str, response: Response) -> DeliveryError:
         """What an answer that is not the hoped-for one means to a person."""
-        said = _said(response)
+        said = answer_of(response)
         if response.status in (401, 403):
             return refused_credentials(tried, self.registry, self._auth.credentials, said)
         if response.status == 400 and b"HTTP request to an HTTPS server" in response.body:
@@ -141,17 +141,29 @@ class RegistryClient:
         """Write ``manifest`` by its digest, or under ``tag``; a registry that makes another digest of it is refused."""
         version = tag or manifest.digest
         tried = f"write {self.registry}/{repository}{':' if tag else '@'}{version}"
-        response = self.request(
-            "PUT", f"/v2/{repository}/manifests/{version}", [push_scope(repository)], {"Content-Type": manifest.media_type}, manifest.body
-        )
-        if response.status not in (200, 201, 202):
-            raise self.refusal(tried, response)
+        path, headers, attempt = f"/v2/{repository}/manifests/{version}", {"Content-Type": manifest.media_type}, 0
+        while True:
+            response = self.request("PUT", path, [push_scope(repository)], headers, manifest.body)
+            if response.status in (200, 201, 202):
+                break
+            # A blob's link is empty for a moment while another promotion writes it again: not known, and there the next time.
+            believed = b"BLOB_UNKNOWN" not in response.body or not self._complete(repository, manifest)
+            delay = None if believed else self.transport.policy.delay(attempt)
+            if delay is None:
+                raise self.refusal(tried, response)
+            attempt += 1
+            time.sleep(delay)
         told = response.headers.get("Docker-Content-Digest")
         if told and told.split(":")[0] == manifest.digest.split(":")[0] and told != manifest.digest:
             raise DeliveryError(
                 tried, f"the registry made {told} of {manifest.digest}", "It changes manifests; use one that keeps them.", "transport"
             )
         return response
+
+    def _complete(self, repository: str, manifest: Manifest) -> bool:
+        return all(self.probe_blob(repository, blob) == "present" for blob in manifest.blobs) and all(
+            self.manifest(repository, child.digest) for child in manifest.children
+        )
 
     def tags(self, repository: str) -> frozenset[str] | None:
         """All tags; ``None`` where the registry does not tell (no right, or no such call)."""
@@ -366,7 +378,7 @@ class RegistryClient:
                 self._part = min(self._part or smaller, smaller)
         elif response.status in (401, 403):
             return self.refusal(tried, response)
-        return Interrupted(tried, f"{self.registry} answered {_said(response)}", "Look at the registry's log.", status=response.status)
+        return Interrupted(tried, f"{self.registry} answered {answer_of(response)}", "Look at the registry's log.", status=response.status)
 
     def resume_upload(self, repository: str, location: str) -> tuple[str, int] | None:
         """Where an upload that broke off goes on and how many bytes are there; ``None`` where it cannot."""
@@ -497,13 +509,3 @@ def _whole_size(response: Response) -> int | None:
     else:
         text = (response.headers.get("Content-Range") or "").rpartition("/")[2]
     return int(text) if text.isascii() and text.isdigit() else None
-
-
-def _said(response: Response) -> str:
-    """``401 UNAUTHORIZED: authentication required`` from a registry's error body."""
-    try:
-        errors = json.loads(response.body).get("errors")
-        told = "; ".join(f"{error.get('code', '')}: {error.get('message', '')}".strip(": ") for error in errors)
-    except (ValueError, AttributeError, TypeError):
-        told = response.body[:200].decode(errors="replace").strip()
-    return f"{response.status} {told}".strip()

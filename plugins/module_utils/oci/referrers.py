@@ -14,6 +14,7 @@ garbage collection, which in distribution 2 takes what only an index names.
 from __future__ import annotations
 
 import random
+import re
 import time
 import typing as t
 
@@ -31,6 +32,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference im
 #: cosign v2 keeps what belongs to an image under these tags.
 COSIGN_SUFFIXES = (".sig", ".att", ".sbom")
 _OWN_TAG = ".ref-"
+_BELONGING = re.compile(r"(?:(sha256)-([0-9a-f]{64})|sha512-[0-9a-f]{64,})(?:\..+)?\Z")
 _WRITE_ATTEMPTS = 8
 
 
@@ -89,6 +91,17 @@ def put_referrers(client: RegistryClient, repository: str, subject: str, manifes
 def own_tag(subject: str, digest: str) -> str:
     """The tag that belongs to one referrer alone."""
     return digest_tag(subject, _OWN_TAG + digest.split(":", 1)[1][:16])
+
+
+def belongs_to(tag: str) -> str | None:
+    """The digest to which ``tag`` belongs by its name, as the fallback tag, our own tags and those of cosign do.
+
+    ``None`` for a tag with a name of its own; empty where the digest is too long to stand whole in a tag (sha512).
+    """
+    match = _BELONGING.match(tag)
+    if match is None:
+        return None
+    return f"{match.group(1)}:{match.group(2)}" if match.group(1) else ""
 
 
 def merge_entries(present: t.Sequence[t.Mapping[str, t.Any]], added: t.Sequence[t.Mapping[str, t.Any]]) -> dict[str, dict[str, t.Any]]:

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import re
 import threading
+import time
 import typing as t
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -434,7 +435,7 @@ class _Promotion:
         if not self.outcome.changed:
             return
         for version in self.wish.tags or (self.root.digest,):
-            written = self.destination.manifest(self.target_repo, version)
+            written = self._read_back(version)
             if written is None or written.digest != self.root.digest:
                 raise DeliveryError(
                     f"promote {self.wish.source} to {self.wish.destination.name}",
@@ -442,6 +443,17 @@ class _Promotion:
                     "Somebody else writes this tag, or the registry does not keep what it accepts.",
                     "transport",
                 )
+
+
+    def _read_back(self, version: str) -> Manifest | None:
+        """What ``version`` names now. A tag that another promotion writes at this moment may name nothing for an instant."""
+        for attempt in itertools.count():
+            written = self.destination.manifest(self.target_repo, version)
+            delay = self.destination.transport.policy.delay(attempt)
+            if written or delay is None:
+                return written
+            time.sleep(delay)
+        return None
 
 
 # -- blobs ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import base64
 import functools
 import http.client
 import ipaddress
+import json
 import os
 import random
 import re
@@ -215,7 +216,7 @@ class Transport:
                 asked = parse_retry_after(retry_after)
                 failure = Interrupted(
                     f"{method} {without_query(url)}",
-                    f"the registry answered {response.status} {response.body[:200].decode(errors='replace').strip()}".rstrip(),
+                    f"the registry answered {answer_of(response)}",
                     f"It asks for {asked:.0f} seconds of patience." if asked else "Look at the registry's log, then run again.",
                 )
                 failure.retry_after = retry_after
@@ -484,6 +485,17 @@ def describe(exc: BaseException) -> str:
     if isinstance(exc, OSError) and exc.strerror:
         return exc.strerror
     return str(exc) or type(exc).__name__
+
+
+def answer_of(response: Response) -> str:
+    """``401 UNAUTHORIZED: authentication required`` from a registry's error body that has been read."""
+    try:
+        errors = json.loads(response.body).get("errors")
+        words = [[error.get(key) for key in ("code", "message", "detail")] for error in errors]
+        told = "; ".join(": ".join(word for word in told if word and isinstance(word, str)) for told in words)
+    except (ValueError, AttributeError, TypeError):
+        told = response.body[:200].decode(errors="replace").strip()
+    return f"{response.status} {told}".strip()
 
 
 def without_query(url: str) -> str:
