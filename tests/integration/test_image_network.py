@@ -194,8 +194,17 @@ def test_a_limit_on_bodies_makes_smaller_parts(registries: Start, front: Front, 
     edge = front(registries(), front="http-request deny deny_status 413 if {{ req.hdr_val(content-length) gt 1048576 }}")
     image = push_image(client_of(a), "app", "sha-abc", [os.urandom(3_000_000), os.urandom(3_000_001), b"x"])
     wish = {"source": f"{a.address}/app:sha-abc", "destination": f"{edge.address}/app", "source_auth": a.options, "destination_auth": edge.options}
-    assert call("image_promote", **wish, retries=1)["changed"]
+    done = call("image_promote", **wish, retries=1)
+    assert done.get("changed"), done["msg"]
     assert_whole(RegistryClient(edge.address, ClientOptions(**edge.options)), "app", "sha-abc", image.digest)
+
+
+def test_a_registry_that_only_claims_to_list_referrers(registries: Start, front: Front) -> None:
+    a = registries()
+    edge = front(a, front="http-response set-header OCI-Subject sha256:0 if {{ capture.req.method PUT }}")
+    image = push_image(client_of(a), "app", "sha-abc", [b"layer"])
+    made = attach(RegistryClient(edge.address, ClientOptions(**edge.options)), "app", image.descriptor(), RECORD_TYPE, b"{}")
+    assert [item.digest for item in list_referrers(client_of(a), "app", image.digest)] == [made]
 
 
 # -- redirects -----------------------------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ class Transport:
     ) -> http.client.HTTPResponse:
         try:
             connection.request(method, target, body=chunks if chunks is not None else body, headers=dict(headers))
-        except (BrokenPipeError, ConnectionResetError) as exc:
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as exc:
             # A server that refuses a body answers and closes while we still send: its answer says more than the broken pipe.
             try:
                 return connection.getresponse()
