@@ -204,6 +204,26 @@ def test_two_promotions_of_one_image_at_once(registries: Start) -> None:
     assert_whole(client_of(b), "large", "sha-abc", large.digest)
 
 
+@both_versions
+def test_a_link_that_another_promotion_writes_at_this_moment(between: Between) -> None:
+    link = between.b.blob_link("app", between.layer.digest)
+    held: list[bytes] = []
+
+    def rewrite(data: bytes) -> bytes:
+        # A registry empties the file before it writes it.
+        if data.startswith(b"PUT /v2/app/manifests/") and not held:
+            held.append(link.read_bytes())
+            link.write_bytes(b"")
+        elif data.startswith(b"GET /v2/app/blobs/") and held:
+            link.write_bytes(held[0])
+        return data
+
+    between.put("destination", cuts=0, change=rewrite)
+    assert between.promote(retries=1)["changed"] and held
+    assert between.requests(between.b, r'"PUT /v2/app/manifests/sha256:\w+ HTTP/1.1" 400') == 1
+    assert_whole(client_of(between.b), "app", "sha-abc", between.image.digest)
+
+
 # -- the controller ------------------------------------------------------------------------------------------------
 
 MAIN = """
