@@ -77,7 +77,8 @@ def attach(
 
 def put_referrers(client: RegistryClient, repository: str, subject: str, manifests: t.Sequence[Manifest]) -> None:
     """Write manifests whose blobs are there already, and make sure that they are listed at ``subject``."""
-    unlisted, claimed = [], []
+    unlisted: list[Manifest] = []
+    claimed: list[Manifest] = []
     for manifest in manifests:
         response = client.put_manifest(repository, manifest)
         (claimed if response.headers.get("OCI-Subject") else unlisted).append(manifest)
