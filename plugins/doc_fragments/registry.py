@@ -20,6 +20,12 @@ options:
   ca_path:
     description: PEM file, or directory of hashed ones, with CAs to trust beside those of the system.
     type: path
+  client_cert:
+    description: PEM file with the certificate that the registry wants from its clients (mutual TLS), and with its key where there is no O(client_key).
+    type: path
+  client_key:
+    description: PEM file with the key of O(client_cert), without a passphrase.
+    type: path
   validate_certs:
     description: Whether the registry's certificate is checked. Rather name its CA in O(ca_path) than turn this off.
     type: bool
@@ -33,8 +39,9 @@ options:
   retries:
     description:
       - How often a request is repeated after a broken connection or an answer 408, 429 or 5xx, with growing pauses.
-        C(Retry-After) is kept to up to 60 seconds.
+        C(Retry-After), seconds or a date, is kept to up to 60 seconds.
       - No other answer is asked for again.
+      - A blob whose transfer broke off goes on where it stopped, where the registry can do that, and begins anew where not.
     type: int
     default: 3
   timeout:
@@ -46,8 +53,8 @@ options:
     type: int
     default: 4
 notes:
-  - Proxies are taken from the environment variables E(https_proxy), E(http_proxy), E(all_proxy) and E(no_proxy).
-    Addresses of this machine are never asked through a proxy.
+  - Proxies are taken from the environment variables E(https_proxy), E(http_proxy), E(all_proxy) and E(no_proxy),
+    which takes names, C(.suffixes), addresses and networks like C(10.0.0.0/8), each with an optional port. Addresses of this machine are never asked through a proxy.
 """
 
     # Credentials for the one registry that is meant; goes with `registry.connection`.

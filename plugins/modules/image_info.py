@@ -25,7 +25,8 @@ extends_documentation_fragment:
 options:
   images:
     description:
-      - References C(host[:port]/repository[:tag][@digest]). Without tag and digest the tag C(latest) is read, as Docker does.
+      - References C(host[:port]/repository[:tag][@digest]). Without tag and digest the tag C(latest) is read, as Docker does,
+        or with O(tags) every tag that matches.
       - With tag and digest the digest is what is asked for.
     type: list
     elements: str
@@ -42,6 +43,21 @@ options:
       fail: The task fails and names the first one.
       report: It is returned with RV(images[].exists=false).
     default: fail
+  tags:
+    description:
+      - Python regular expressions. Each of O(images) without tag and digest becomes all tags of its repository in which one of them is
+        found, sorted; V(.) is all tags. Tags that belong to a digest, like cosign's, are left out.
+    type: list
+    elements: str
+    default: []
+  layers:
+    description: Also read the manifests of all platforms, for RV(images[].variants) and what the images of this task share.
+    type: bool
+    default: false
+  referrers:
+    description: Also list what belongs to each image, for RV(images[].referrers).
+    type: bool
+    default: false
 seealso:
   - module: selfhost.delivery.image_promote
   - module: selfhost.delivery.release_record
@@ -61,11 +77,19 @@ EXAMPLES = r"""
     images: [registry.example.com/shop/app:sha-def]
     missing: report
   register: shop_candidate
+
+- name: See all builds, what each adds to the disk, and who signed them
+  selfhost.delivery.image_info:
+    images: [registry.example.com/shop/app]
+    tags: ['^sha-']
+    layers: true
+    referrers: true
+  register: shop_builds
 """
 
 RETURN = r"""
 images:
-  description: One entry for each of O(images), in their order.
+  description: One entry for each of O(images), in their order; with O(tags) one for each tag.
   returned: success
   type: list
   elements: dict
@@ -121,12 +145,86 @@ images:
       type: int
       returned: always
       sample: 31457280
+    variants:
+      description: One entry for each platform.
+      type: list
+      elements: dict
+      returned: with O(layers)
+      contains:
+        platform:
+          description: The platform; V(none) where it does not say.
+          type: str
+        digest:
+          description: Digest of its own manifest.
+          type: str
+        size:
+          description: Bytes of its config and layers.
+          type: int
+        layers:
+          description: How many layers it has.
+          type: int
+      sample: [{platform: linux/amd64, digest: "sha256:0d6e…", size: 31457280, layers: 7}]
+    total_size:
+      description: Bytes of all platforms and their attestations, each blob once.
+      type: int
+      returned: with O(layers)
+      sample: 62914560
+    unique_size:
+      description: Bytes of layers that no other image of this task has.
+      type: int
+      returned: with O(layers)
+      sample: 1048576
+    shared:
+      description: The other images of this task that have layers in common with this one.
+      type: list
+      elements: dict
+      returned: with O(layers)
+      contains:
+        reference:
+          description: The other image.
+          type: str
+        layers:
+          description: How many layers both have.
+          type: int
+        size:
+          description: Bytes of these layers.
+          type: int
+      sample: [{reference: "registry.example.com/shop/migrator:sha-abc", layers: 5, size: 30408704}]
+    referrers:
+      description:
+        - What belongs to the image, to one of its platforms, or to another referrer; signatures, SBOMs, attestations, release records.
+        - Found by the referrers API, by its fallback tags and by the tags of cosign.
+      type: list
+      elements: dict
+      returned: with O(referrers)
+      contains:
+        digest:
+          description: Digest of its manifest.
+          type: str
+        subject:
+          description: Digest of what it belongs to.
+          type: str
+        artifact_type:
+          description: Its type; V(none) where the list does not say.
+          type: str
+        annotations:
+          description: Its annotations.
+          type: dict
+        tag:
+          description: The tag of cosign that it was found by; V(none) for a true referrer.
+          type: str
+      sample:
+        - digest: "sha256:51b2…"
+          subject: "sha256:0d6e…"
+          artifact_type: application/spdx+json
+          annotations: {}
+          tag:
 """
 
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.info import describe_images
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.info import Questions, describe_images
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import REGISTRY_ARGUMENTS, client_options_from
 
 
@@ -136,6 +234,9 @@ def main() -> None:
             "images": {"type": "list", "elements": "str", "required": True},
             "platform": {"type": "str"},
             "missing": {"type": "str", "choices": ["fail", "report"], "default": "fail"},
+            "tags": {"type": "list", "elements": "str", "default": []},
+            "layers": {"type": "bool", "default": False},
+            "referrers": {"type": "bool", "default": False},
             **REGISTRY_ARGUMENTS,
         },
         required_together=[("username", "password")],
@@ -144,7 +245,10 @@ def main() -> None:
     )
     params = module.params
     try:
-        images = describe_images(params["images"], client_options_from(params), params["platform"], params["missing"] == "report")
+        questions = Questions(
+            params["platform"], params["missing"] == "report", tuple(params["tags"]), params["layers"], params["referrers"]
+        )
+        images = describe_images(params["images"], client_options_from(params), questions)
     except DeliveryError as exc:
         module.fail_json(**exc.as_result())
     module.exit_json(changed=False, images=images)

@@ -108,6 +108,12 @@ options:
       ca_path:
         description: As O(ca_path).
         type: path
+      client_cert:
+        description: As O(client_cert).
+        type: path
+      client_key:
+        description: As O(client_key).
+        type: path
       validate_certs:
         description: As O(validate_certs).
         type: bool

@@ -210,12 +210,21 @@ def _need(program: str, package: str) -> None:
         pytest.fail(f"these tests need {program}: install the package {package}")
 
 
+#: For tests of what the two versions of distribution do differently, or might.
+both_versions = pytest.mark.parametrize("registries", PROGRAMS, indirect=True)
+
+
 @pytest.fixture
-def registries(tmp_path: Path) -> t.Iterator[t.Callable[..., Registry]]:
+def registries(tmp_path: Path, request: pytest.FixtureRequest) -> t.Iterator[t.Callable[..., Registry]]:
     """Starts registries with the options of :func:`start_registry`; stops them after the test."""
     running: list[Registry] = []
+    wanted: str | None = getattr(request, "param", None)
+    if wanted:
+        _need(wanted, "that scripts/bootstrap.sh test installs")
 
     def start(**options: t.Any) -> Registry:
+        if wanted:
+            options.setdefault("program", shutil.which(wanted))
         running.append(start_registry(tmp_path / f"registry{len(running)}", **options))
         return running[-1]
 

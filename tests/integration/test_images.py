@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import stat
+import struct
 import subprocess
 import threading
 import time
@@ -23,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from ansible.module_utils.testing import patch_module_args
-from registry_fixture import PASSWORD, USERNAME, Registry, registries  # noqa: F401 # pylint: disable=unused-import
+from registry_fixture import PASSWORD, USERNAME, Registry, both_versions, registries  # noqa: F401 # pylint: disable=unused-import
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import (
@@ -132,6 +133,7 @@ def sides(source: Registry, destination: Registry) -> dict[str, t.Any]:
 # -- promotion -----------------------------------------------------------------------------------------------------
 
 
+@both_versions
 @pytest.mark.parametrize("relative_urls", [False, True])
 def test_cold_copy_then_nothing_to_do(registries: Start, call: t.Callable[..., Result], relative_urls: bool) -> None:
     a, b = registries(), registries(htpasswd=True, tls=True, relative_urls=relative_urls)
@@ -162,6 +164,7 @@ def test_cold_copy_then_nothing_to_do(registries: Start, call: t.Callable[..., R
     assert b.snapshot() == after, "a run with nothing to do wrote something"
 
 
+@both_versions
 @pytest.mark.parametrize("media_type", [OCI_INDEX, DOCKER_LIST])
 def test_index_travels_with_its_children(registries: Start, call: t.Callable[..., Result], media_type: str) -> None:
     a, b = registries(), registries()
@@ -183,6 +186,7 @@ def test_one_platform_is_its_own_image(registries: Start, call: t.Callable[..., 
     assert_refused(call("image_promote", platforms=["linux/s390x"], **wish), "config", "image is for amd64, arm64, hosts are s390x")
 
 
+@both_versions
 def test_mount_in_one_registry_sends_no_byte(registries: Start, call: t.Callable[..., Result]) -> None:
     a = registries()
     index, _children = push_index(client_of(a), "shop/app", "sha-abc")
@@ -210,6 +214,7 @@ def test_tag_to_tag_of_a_broken_image_is_refused(registries: Start, call: t.Call
     assert client_of(a).manifest("app", "production") is None
 
 
+@both_versions
 def test_tag_to_tag_moves_and_is_read_back(registries: Start, call: t.Callable[..., Result]) -> None:
     a = registries()
     client = client_of(a)
@@ -282,6 +287,7 @@ def test_a_destination_with_a_missing_blob_is_repaired(registries: Start, call: 
     assert not call("image_promote", **wish)["changed"]
 
 
+@both_versions
 def test_a_missing_child_of_an_index_is_repaired(registries: Start, call: t.Callable[..., Result]) -> None:
     a, b = registries(), registries()
     index, children = push_index(client_of(a), "app", "sha-abc")
@@ -294,6 +300,7 @@ def test_a_missing_child_of_an_index_is_repaired(registries: Start, call: t.Call
     assert_whole(client, "app", "sha-abc", index.digest)
 
 
+@both_versions
 def test_a_truncated_blob_at_the_destination_is_not_believed(registries: Start, call: t.Callable[..., Result]) -> None:
     a, b = registries(), registries()
     image = push_image(client_of(a), "app", "sha-abc", [os.urandom(50_000)])
@@ -349,6 +356,7 @@ def test_two_images_for_one_tag_are_refused(registries: Start, call: t.Callable[
 # -- what belongs to an image --------------------------------------------------------------------------------------
 
 
+@both_versions
 def test_referrers_and_signatures_travel(registries: Start, call: t.Callable[..., Result]) -> None:
     a, b = registries(), registries()
     source, target = client_of(a), client_of(b)
@@ -395,6 +403,7 @@ def test_an_image_copied_to_the_fallback_tag_is_not_taken_for_a_list(registries:
     )
 
 
+@both_versions
 def test_records_are_attached_once_and_read_newest_first(registries: Start, call: t.Callable[..., Result]) -> None:
     a = registries()
     images = [f"{a.address}/{name}@{push_image(client_of(a), name, 'sha-abc', [name.encode()]).digest}" for name in ("app", "migrator")]
@@ -464,6 +473,7 @@ def test_an_entry_dropped_by_another_writer_is_found_and_put_back(registries: St
 # -- image_info ----------------------------------------------------------------------------------------------------
 
 
+@both_versions
 def test_info_of_images_and_indexes(registries: Start, call: t.Callable[..., Result]) -> None:
     a = registries()
     client = client_of(a)
@@ -507,6 +517,50 @@ def test_info_of_an_unknown_tag(registries: Start, call: t.Callable[..., Result]
     assert [entry["exists"] for entry in result["images"]] == [True, False, False]
     assert result["images"][1]["digest"] is None
     assert_refused(call("image_promote", source=names[1], destination=f"{a.address}/x", plain_http=True), "config", "has no tag sha-nope")
+
+
+@both_versions
+def test_info_of_all_tags_with_what_they_share_and_what_belongs_to_them(registries: Start, call: t.Callable[..., Result]) -> None:
+    a = registries()
+    client = client_of(a)
+    base = os.urandom(5000)
+    one = push_image(client, "app", "sha-1", [base, b"one"])
+    two = push_image(client, "app", "sha-2", [base, b"second"])
+    index, children = push_index(client, "app", "sha-3")
+    push_image(client, "app", "latest", [b"other"])
+    sbom = attach(client, "app", children["arm64"].descriptor(), "application/spdx+json", b"{}", {"tool": "x"})
+    stored = client.manifest("app", sbom)
+    assert stored is not None
+    proof = attach(client, "app", stored.descriptor(), "application/vnd.test.signature", b"signed")
+    cosign = push_image(client, "app", digest_tag(index.digest, ".sig"), [b"signature"])
+
+    names = [f"{a.address}/app", f"{a.address}/app@{one.digest}"]
+    images = call("image_info", images=names, tags=["^sha-"], layers=True, referrers=True, plain_http=True)["images"]
+    assert [entry["tag"] for entry in images] == ["sha-1", "sha-2", "sha-3", None]
+    assert [entry["digest"] for entry in images] == [one.digest, two.digest, index.digest, one.digest]
+    first, _second, third, _again = images
+    assert first["shared"] == [
+        {"reference": f"{a.address}/app:sha-2", "layers": 1, "size": 5000},
+        {"reference": names[1], "layers": 2, "size": 5003},
+    ]
+    assert [entry["unique_size"] for entry in images] == [0, 6, 10000, 0]
+    assert first["variants"] == [{"platform": "linux/amd64", "digest": one.digest, "size": first["size"], "layers": 2}]
+    assert first["referrers"] == [] and third["shared"] == []
+    assert [(entry["platform"], entry["digest"], entry["layers"]) for entry in third["variants"]] == [
+        (f"linux/{arch}", children[arch].digest, 1) for arch in ("amd64", "arm64")
+    ]
+    assert third["total_size"] == sum(blob.size for child in children.values() for blob in child.blobs)
+    expected = {
+        (cosign.digest, index.digest, "application/vnd.oci.image.config.v1+json", digest_tag(index.digest, ".sig")),
+        (sbom, children["arm64"].digest, "application/spdx+json", None),
+        (proof, sbom, "application/vnd.test.signature", None),
+    }
+    assert {(item["digest"], item["subject"], item["artifact_type"], item["tag"]) for item in third["referrers"]} == expected
+    assert [item["annotations"] for item in third["referrers"] if item["digest"] == sbom] == [{"tool": "x"}]
+
+    listed = call("image_info", images=names[:1], tags=["."], plain_http=True)["images"]
+    assert [entry["tag"] for entry in listed] == ["latest", "sha-1", "sha-2", "sha-3"]
+    assert_refused(call("image_info", images=names[:1], tags=["("], plain_http=True), "config", "pattern", "regular expression")
 
 
 # -- who may, and whom to trust ------------------------------------------------------------------------------------
@@ -680,6 +734,7 @@ def token_server(tmp_path: Path) -> t.Iterator[t.Callable[[int], TokenServer]]:
         server.server.server_close()
 
 
+@both_versions
 def test_bearer_tokens_with_scopes(registries: Start, call: t.Callable[..., Result], token_server: t.Callable[[int], TokenServer]) -> None:
     tokens = token_server(300)
     a = registries(token=tokens.config)
@@ -721,14 +776,31 @@ def test_an_identity_token_is_exchanged_and_an_expired_token_renewed(
 
 
 class CuttingProxy:
-    """Passes bytes on to a registry, and breaks the first ``cuts`` connections after ``after`` bytes from it."""
+    """Passes bytes on to a registry, and breaks the first ``cuts`` connections after ``after`` bytes from it.
 
-    def __init__(self, address: str, cuts: int, after: int) -> None:
+    ``how``: ``cut``, ``reset``, ``stall`` (nothing more comes, the connection stays), or what to call at that moment (then
+    it is cut). ``uploads``: bytes to the registry count instead. ``change``: what to make of the bytes that pass, also before the break.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        cuts: int,
+        after: int,
+        how: str | t.Callable[[], object] = "cut",
+        uploads: bool = False,
+        change: t.Callable[[bytes], bytes] = bytes,
+    ) -> None:
         self.target = address.rsplit(":", 1)
-        self.cuts, self.after = cuts, after
+        self.cuts, self.after, self.how, self.uploads, self.change = cuts, after, how, uploads, change
+        self.closed = threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self.closed.set()
+        self.listener.close()
 
     def _accept(self) -> None:
         while True:
@@ -736,21 +808,28 @@ class CuttingProxy:
                 near, _peer = self.listener.accept()
             except OSError:
                 return
-            far = socket.create_connection((self.target[0], int(self.target[1])))
-            threading.Thread(target=self._pump, args=(near, far, None), daemon=True).start()
-            threading.Thread(target=self._pump, args=(far, near, self.after), daemon=True).start()
+            try:
+                far = socket.create_connection((self.target[0], int(self.target[1])))
+            except OSError:
+                near.close()
+                continue
+            threading.Thread(target=self._pump, args=(near, far, self.uploads), daemon=True).start()
+            threading.Thread(target=self._pump, args=(far, near, not self.uploads), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, watched: bool) -> None:
         passed = 0
         try:
             while True:
                 data = source.recv(65536)
                 if not data:
                     break
-                passed += len(data)
-                if limit is not None and passed > limit and self.cuts > 0:
-                    self.cuts -= 1
-                    break
+                if watched:
+                    data = self.change(data)
+                    passed += len(data)
+                    if passed > self.after and self.cuts > 0:
+                        self.cuts -= 1
+                        self._break(source, sink)
+                        break
                 sink.sendall(data)
         except OSError:
             pass
@@ -759,6 +838,16 @@ class CuttingProxy:
                 end.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+
+    def _break(self, *ends: socket.socket) -> None:
+        if self.how == "stall":
+            self.closed.wait()
+        elif self.how == "reset":
+            for end in ends:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.close()
+        elif callable(self.how):
+            self.how()
 
 
 def test_broken_connections_are_survived_within_the_budget(registries: Start, call: t.Callable[..., Result]) -> None:
@@ -773,7 +862,7 @@ def test_broken_connections_are_survived_within_the_budget(registries: Start, ca
     assert done["changed"] and proxy.cuts == 0
     assert_whole(client_of(b), "app", "sha-abc", image.digest)
     assert [path for path in b.snapshot() if "_uploads" in path] == []
-    proxy.listener.close()
+    proxy.close()
 
 
 def test_put_referrers_lists_all_of_them(registries: Start) -> None:

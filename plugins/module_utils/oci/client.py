@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
+import time
 import typing as t
 from dataclasses import replace
 from urllib.parse import quote, urlencode, urljoin, urlsplit
@@ -22,10 +24,12 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.auth import 
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import ACCEPT, Descriptor, Manifest
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import DOCKER_HUB, Reference, digest_of
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Origin, Response, Transport
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Origin, Response, Transport, answer_of
 
 #: No manifest, token answer or error text is larger than this; registries refuse manifests above 4 MiB.
 _SMALL = 8 * 1024 * 1024
+#: Bodies to try in turn where a larger one is refused; the default limit of nginx is 1 MiB.
+_PARTS = (64 * 1024 * 1024, 8 * 1024 * 1024, 1024 * 1024, 256 * 1024)
 _HUB_HOST = "registry-1.docker.io"
 
 
@@ -56,6 +60,8 @@ class RegistryClient:
         #: Whether the registry has the referrers API; ``None`` until it was asked.
         self.referrers_api: bool | None = None
         self._tags: dict[str, frozenset[str] | None] = {}
+        #: Largest body that what stands before the registry lets pass, as far as it was found out.
+        self._part: int | None = None
 
     def close(self) -> None:
         self.transport.close()
@@ -101,7 +107,7 @@ class RegistryClient:
 
     def refusal(self, tried: str, response: Response) -> DeliveryError:
         """What an answer that is not the hoped-for one means to a person."""
-        said = _said(response)
+        said = answer_of(response)
         if response.status in (401, 403):
             return refused_credentials(tried, self.registry, self._auth.credentials, said)
         if response.status == 400 and b"HTTP request to an HTTPS server" in response.body:
@@ -142,11 +148,18 @@ class RegistryClient:
         """Write ``manifest`` by its digest, or under ``tag``; a registry that makes another digest of it is refused."""
         version = tag or manifest.digest
         tried = f"write {self.registry}/{repository}{':' if tag else '@'}{version}"
-        response = self.request(
-            "PUT", f"/v2/{repository}/manifests/{version}", [push_scope(repository)], {"Content-Type": manifest.media_type}, manifest.body
-        )
-        if response.status not in (200, 201, 202):
-            raise self.refusal(tried, response)
+        path, headers, attempt = f"/v2/{repository}/manifests/{version}", {"Content-Type": manifest.media_type}, 0
+        while True:
+            response = self.request("PUT", path, [push_scope(repository)], headers, manifest.body)
+            if response.status in (200, 201, 202):
+                break
+            # A blob's link is empty for a moment while another promotion writes it again: not known, and there the next time.
+            believed = b"BLOB_UNKNOWN" not in response.body or not self._complete(repository, manifest)
+            delay = None if believed else self.transport.policy.delay(attempt)
+            if delay is None:
+                raise self.refusal(tried, response)
+            attempt += 1
+            time.sleep(delay)
         told = response.headers.get("Docker-Content-Digest")
         if told and told.split(":")[0] == manifest.digest.split(":")[0] and told != manifest.digest:
             raise DeliveryError(
@@ -169,6 +182,11 @@ class RegistryClient:
             return "unsupported"
         raise self.refusal(f"delete {self.registry}/{repository}{'@' if ':' in version else ':'}{version}", response)
 
+    def _complete(self, repository: str, manifest: Manifest) -> bool:
+        return all(self.probe_blob(repository, blob) == "present" for blob in manifest.blobs) and all(
+            self.manifest(repository, child.digest) for child in manifest.children
+        )
+
     def tags(self, repository: str) -> frozenset[str] | None:
         """All tags; ``None`` where the registry does not tell (no right, or no such call)."""
         found: set[str] = set()
@@ -182,7 +200,7 @@ class RegistryClient:
             if response.status != 200:
                 raise self.refusal(f"list the tags of {self.registry}/{repository}", response)
             found.update(self._json(response, f"the tags of {self.registry}/{repository}").get("tags") or [])
-            path = next_page(response) or ""
+            path = self._next_page(response) or ""
         return frozenset(found)
 
     def known_tags(self, repository: str) -> frozenset[str] | None:
@@ -200,7 +218,16 @@ class RegistryClient:
         if response.status != 200:
             raise self.refusal(f"list the referrers in {self.registry}/{repository}", response)
         content = self._json(response, f"the referrers in {self.registry}/{repository}")
-        return list(content.get("manifests") or []), next_page(response)
+        return list(content.get("manifests") or []), self._next_page(response)
+
+    def _next_page(self, response: Response) -> str | None:
+        """The address in a ``Link: <…>; rel="next"`` header."""
+        for part in (response.headers.get("Link") or "").split(","):
+            address, _semicolon, parameters = part.partition(";")
+            address = address.strip()
+            if address.startswith("<") and address.endswith(">") and 'rel="next"' in parameters.replace("rel=next", 'rel="next"'):
+                return self._address(response, address[1:-1], f"list in {self.registry}")
+        return None
 
     def _json(self, response: Response, what: str) -> dict[str, t.Any]:
         try:
@@ -240,20 +267,35 @@ class RegistryClient:
             return "present" if whole else "damaged"
         return "damaged"
 
-    def open_blob(self, repository: str, blob: Descriptor) -> Response:
+    def open_blob(self, repository: str, blob: Descriptor) -> BlobReader:
         """Start to read a blob; the caller reads to its end and checks what came."""
-        response = self.request("GET", _blob(repository, blob), [pull_scope(repository)], stream=True)
-        if response.status == 200:
+        return BlobReader(self, repository, blob)
+
+    def blob_from(self, repository: str, blob: Descriptor, offset: int) -> Response:
+        """The answer that streams a blob from ``offset`` on; ``Interrupted`` where the registry sends no parts."""
+        tried = f"read {blob.digest} of {self.registry}/{repository}"
+        headers = {"Range": f"bytes={offset}-"} if offset else {}
+        try:
+            response = self.request("GET", _blob(repository, blob), [pull_scope(repository)], headers, stream=True)
+        except Interrupted as exc:
+            raise exc.during(tried) from exc
+        if response.status == 206 and (response.headers.get("Content-Range") or "").startswith(f"bytes {offset}-"):
             return response
+        if response.status == 200 and not offset:
+            announced = _whole_size(response)
+            if announced in (blob.size, None):
+                return response
+            response.close()
+            raise Interrupted(
+                tried, f"{self.registry} announces {announced} of {blob.size} bytes", "The blob is damaged there; push the image again."
+            )
+        if response.status in (200, 206):
+            response.close()
+            raise Interrupted(tried, f"after a cut the registry does not go on at byte {offset}")
         response.read_all(_SMALL)
         if response.status == 404:
-            raise DeliveryError(
-                f"read {blob.digest} of {self.registry}/{repository}",
-                "the registry does not have it, though a manifest names it",
-                "Push the image again.",
-                "transport",
-            )
-        raise self.refusal(f"read {blob.digest} of {self.registry}/{repository}", response)
+            raise DeliveryError(tried, "the registry does not have it, though a manifest names it", "Push the image again.", "transport")
+        raise self.refusal(tried, response)
 
     def read_blob(self, repository: str, blob: Descriptor, limit: int = _SMALL) -> bytes:
         """A small blob (config, record) as checked bytes."""
@@ -301,13 +343,74 @@ class RegistryClient:
         # Without the right to read the source a registry may refuse the whole request; a plain upload is still open.
         return self.start_upload(repository)
 
-    def finish_upload(self, repository: str, location: str, blob: Descriptor, chunks: t.Iterable[t.Any]) -> None:
-        """Send the whole blob in one request. ``chunks`` raises when what it reads is wrong; then nothing is stored."""
+    def finish_upload(self, repository: str, location: str, blob: Descriptor, chunks: t.Iterable[t.Any], offset: int = 0) -> None:
+        """Send the blob from ``offset`` on, and close the upload. ``chunks`` raises when what it reads is wrong; then nothing is stored.
+
+        One request, where the registry and what stands before it take that; else parts, each smaller than what they
+        refused. ``Interrupted`` with a ``status`` when this upload is lost and a new one may go well.
+        """
+        tried = f"upload {blob.digest} to {self.registry}/{repository}"
+        source_failed: list[BaseException] = []
+
+        def watched(given: t.Iterable[t.Any] = chunks) -> t.Iterator[t.Any]:
+            try:
+                yield from given
+            except BaseException as exc:
+                source_failed.append(exc)
+                raise
+
+        try:
+            self._send_upload(tried, repository, location, blob, watched(), offset)
+        except Interrupted as exc:
+            # What the source says is told as it is.
+            raise exc if exc in source_failed else exc.during(tried) from None
+
+    def _send_upload(self, tried: str, repository: str, location: str, blob: Descriptor, chunks: t.Iterator[t.Any], offset: int) -> None:
+        octets = {"Content-Type": "application/octet-stream"}
+        part = min(self._part or blob.size, blob.size)
+        whole = not offset and part == blob.size
+        while not whole and offset < blob.size:
+            end = min(offset + part, blob.size)
+            headers = {**octets, "Content-Length": str(end - offset), "Content-Range": f"{offset}-{end - 1}"}
+            piece, chunks = _split(chunks, end - offset)
+            response = self.request("PATCH", location, [push_scope(repository)], headers, chunks=piece)
+            if response.status not in (201, 202, 204):
+                raise self._lost_upload(tried, response, end - offset)
+            location, offset = self._location(response, tried), end
         address = location + ("&" if "?" in location else "?") + "digest=" + quote(blob.digest, safe="")
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)}
-        response = self.request("PUT", address, [push_scope(repository)], headers, chunks=chunks)
-        if response.status not in (200, 201, 204):
-            raise self.refusal(f"upload {blob.digest} to {self.registry}/{repository}", response)
+        if whole:
+            headers = {**octets, "Content-Length": str(blob.size)}
+            response = self.request("PUT", address, [push_scope(repository)], headers, chunks=chunks)
+        else:
+            for _rest in chunks:  # Its last word is whether all of it was right.
+                pass
+            response = self.request("PUT", address, [push_scope(repository)], octets, b"")
+        if response.status in (200, 201, 204):
+            return
+        if whole and response.status != 413:
+            raise self.refusal(tried, response)
+        raise self._lost_upload(tried, response, blob.size)
+
+    def _lost_upload(self, tried: str, response: Response, size: int) -> DeliveryError:
+        if response.status == 413:
+            smaller = max((part for part in _PARTS if part < size), default=0)
+            if not smaller:
+                return self.refusal(tried, response)
+            with self._lock:
+                self._part = min(self._part or smaller, smaller)
+        elif response.status in (401, 403):
+            return self.refusal(tried, response)
+        return Interrupted(tried, f"{self.registry} answered {answer_of(response)}", "Look at the registry's log.", status=response.status)
+
+    def resume_upload(self, repository: str, location: str) -> tuple[str, int] | None:
+        """Where an upload that broke off goes on and how many bytes are there; ``None`` where it cannot."""
+        response = self.request("GET", location, [push_scope(repository)])
+        told = re.match(r"(?:bytes=)?0-(\d+)\Z", response.headers.get("Range") or "")
+        if response.status not in (200, 202, 204) or not told:
+            return None
+        # Nothing at all and one byte are both told as 0-0.
+        offset = int(told.group(1)) + 1 if told.group(1) != "0" else 0
+        return self._location(response, f"upload to {self.registry}/{repository}") if response.headers.get("Location") else location, offset
 
     def cancel_upload(self, repository: str, location: str) -> None:
         """Take back an upload that failed, so that it does not stay on the registry's disk; its failure is no news."""
@@ -327,17 +430,49 @@ class RegistryClient:
         location = response.headers.get("Location")
         if not location:
             raise DeliveryError(tried, "the registry opened an upload without an address", "Look at the registry's log.", "transport")
+        return self._address(response, location, tried)
+
+    def _address(self, response: Response, location: str, tried: str) -> str:
+        """The whole address of a ``location`` that this registry names, relative or not."""
         url = urljoin(response.url, location)
         target = Origin.of(url)
         if self._origin.scheme == "https" and target.scheme == "http":
             if target.host != self._origin.host:
                 raise DeliveryError(
-                    tried, f"the registry wants the bytes at http://{target.netloc}", "Correct the host setting of the registry.", "config"
+                    tried, f"the registry sends us to http://{target.netloc}", "Correct the host setting of the registry.", "config"
                 )
             # A registry behind a TLS proxy that does not know its own scheme.
             parts = urlsplit(url)
             url = urljoin(self._base, parts.path) + (f"?{parts.query}" if parts.query else "")
         return url
+
+
+class BlobReader:
+    """A blob as it streams. After a cut it goes on where it stopped, within the budget of retries."""
+
+    def __init__(self, client: RegistryClient, repository: str, blob: Descriptor) -> None:
+        self._client, self._repository, self._blob = client, repository, blob
+        self._position = self._attempt = 0
+        self._response = client.blob_from(repository, blob, 0)
+
+    def readinto(self, buffer: t.Any) -> int:
+        """Fill a part of ``buffer``; 0 at the end. Raises ``Interrupted`` when the budget is used up."""
+        while True:
+            try:
+                count = self._response.readinto(buffer)
+                self._position += count
+                return count
+            except Interrupted as exc:
+                delay = self._client.transport.policy.delay(self._attempt)
+                if delay is None or self._position >= self._blob.size:
+                    exc.final = True
+                    raise
+                self._attempt += 1
+                time.sleep(delay)
+                self._response = self._client.blob_from(self._repository, self._blob, self._position)
+
+    def close(self) -> None:
+        self._response.close()
 
 
 class Registries:
@@ -363,18 +498,30 @@ class Registries:
             client.close()
 
 
-def next_page(response: Response) -> str | None:
-    """The address in a ``Link: <…>; rel="next"`` header."""
-    for part in (response.headers.get("Link") or "").split(","):
-        address, _semicolon, parameters = part.partition(";")
-        address = address.strip()
-        if address.startswith("<") and address.endswith(">") and 'rel="next"' in parameters.replace("rel=next", 'rel="next"'):
-            return urljoin(response.url, address[1:-1])
-    return None
-
-
 def _blob(repository: str, blob: Descriptor) -> str:
     return f"/v2/{repository}/blobs/{blob.digest}"
+
+
+def _split(chunks: t.Iterator[t.Any], size: int) -> tuple[t.Iterator[t.Any], t.Iterator[t.Any]]:
+    """The first ``size`` bytes of ``chunks``, and what comes after them once those are read."""
+    rest: list[t.Any] = []
+
+    def head() -> t.Iterator[t.Any]:
+        left = size
+        while left:
+            chunk = next(chunks, None)
+            if chunk is None:
+                return
+            if len(chunk) > left:
+                rest.append(chunk[left:])
+            yield chunk[:left]
+            left -= min(len(chunk), left)
+
+    def tail() -> t.Iterator[t.Any]:
+        yield from rest
+        yield from chunks
+
+    return head(), tail()
 
 
 def _whole_size(response: Response) -> int | None:
@@ -384,13 +531,3 @@ def _whole_size(response: Response) -> int | None:
     else:
         text = (response.headers.get("Content-Range") or "").rpartition("/")[2]
     return int(text) if text.isascii() and text.isdigit() else None
-
-
-def _said(response: Response) -> str:
-    """``401 UNAUTHORIZED: authentication required`` from a registry's error body."""
-    try:
-        errors = json.loads(response.body).get("errors")
-        told = "; ".join(f"{error.get('code', '')}: {error.get('message', '')}".strip(": ") for error in errors)
-    except (ValueError, AttributeError, TypeError):
-        told = response.body[:200].decode(errors="replace").strip()
-    return f"{response.status} {told}".strip()

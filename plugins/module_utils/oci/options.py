@@ -15,6 +15,8 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.errors import De
 CONNECTION_ARGUMENTS: dict[str, t.Any] = {
     "docker_config": {"type": "path"},
     "ca_path": {"type": "path"},
+    "client_cert": {"type": "path"},
+    "client_key": {"type": "path"},
     "validate_certs": {"type": "bool", "default": True},
     "plain_http": {"type": "bool", "default": False},
     "retries": {"type": "int", "default": 3},
@@ -35,6 +37,8 @@ SIDE_ARGUMENTS: dict[str, t.Any] = {
         **CREDENTIAL_ARGUMENTS,
         "docker_config": {"type": "path"},
         "ca_path": {"type": "path"},
+        "client_cert": {"type": "path"},
+        "client_key": {"type": "path"},
         "validate_certs": {"type": "bool"},
         "plain_http": {"type": "bool"},
     },
@@ -52,6 +56,8 @@ class ClientOptions:
     token: str | None = None
     docker_config: str | None = None
     ca_path: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
     validate_certs: bool = True
     plain_http: bool = False
     retries: int = 3
@@ -63,6 +69,8 @@ class ClientOptions:
             raise _refusal("username and password only go together", "Give both, or neither and log in with a Docker config file.")
         if self.token and self.username:
             raise _refusal("token and username exclude each other", "Give one of the two.")
+        if self.client_key and not self.client_cert:
+            raise _refusal("client_key is given without client_cert", "Give both, or a client_cert that holds its key.")
         if self.retries < 0 or self.timeout <= 0 or not 1 <= self.concurrency <= 64:
             raise _refusal(
                 f"retries {self.retries}, timeout {self.timeout}, concurrency {self.concurrency}",
@@ -78,11 +86,15 @@ def client_options_from(params: t.Mapping[str, t.Any], prefix: str = "") -> Clie
     """Build options from module parameters.
 
     With ``prefix`` (``source_``, ``destination_``) credentials come from the dict ``<prefix>auth``, whose keys also
-    win over the module's own ``docker_config``, ``ca_path``, ``validate_certs`` and ``plain_http``.
+    win over the module's own ``docker_config``, ``ca_path``, ``client_cert`` (with its ``client_key``),
+    ``validate_certs`` and ``plain_http``.
     Raises ``DeliveryError`` (config) for combinations that mean nothing.
     """
     values = {name: params[name] for name in CONNECTION_ARGUMENTS if params.get(name) is not None}
     own: t.Mapping[str, t.Any] = (params.get(f"{prefix}auth") or {}) if prefix else {key: params.get(key) for key in CREDENTIAL_ARGUMENTS}
+    if own.get("client_cert"):
+        # The key of another certificate does not fit.
+        values.pop("client_key", None)
     values.update({key: value for key, value in own.items() if value is not None})
     return ClientOptions(**values)
 

@@ -77,11 +77,16 @@ def attach(
 
 def put_referrers(client: RegistryClient, repository: str, subject: str, manifests: t.Sequence[Manifest]) -> None:
     """Write manifests whose blobs are there already, and make sure that they are listed at ``subject``."""
-    unlisted = []
+    unlisted: list[Manifest] = []
+    claimed: list[Manifest] = []
     for manifest in manifests:
         response = client.put_manifest(repository, manifest)
-        if not response.headers.get("OCI-Subject"):
-            unlisted.append(manifest)
+        (claimed if response.headers.get("OCI-Subject") else unlisted).append(manifest)
+    if claimed and client.referrers_api is None:
+        list_referrers(client, repository, subject)
+    if client.referrers_api is False:
+        # Registries were seen that say so and list nothing.
+        unlisted += claimed
     for manifest in unlisted:
         client.put_manifest(repository, manifest, tag=own_tag(subject, manifest.digest))
     if unlisted:

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import re
 import threading
+import time
 import typing as t
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -434,7 +435,7 @@ class _Promotion:
         if not self.outcome.changed:
             return
         for version in self.wish.tags or (self.root.digest,):
-            written = self.destination.manifest(self.target_repo, version)
+            written = self._read_back(version)
             if written is None or written.digest != self.root.digest:
                 raise DeliveryError(
                     f"promote {self.wish.source} to {self.wish.destination.name}",
@@ -442,6 +443,17 @@ class _Promotion:
                     "Somebody else writes this tag, or the registry does not keep what it accepts.",
                     "transport",
                 )
+
+
+    def _read_back(self, version: str) -> Manifest | None:
+        """What ``version`` names now. A tag that another promotion writes at this moment may name nothing for an instant."""
+        for attempt in itertools.count():
+            written = self.destination.manifest(self.target_repo, version)
+            delay = self.destination.transport.policy.delay(attempt)
+            if written or delay is None:
+                return written
+            time.sleep(delay)
+        return None
 
 
 # -- blobs ---------------------------------------------------------------------------------------------------------
@@ -469,7 +481,7 @@ def _place(group: list[_Blob], stop: threading.Event) -> None:
             _count(promotion, "present")
             continue
         mount_from = blob.mount_from or (home if not blob.damaged else "")
-        copied = _with_retries(promotion, blob, mount_from, stop)
+        copied = _copy(promotion, blob.descriptor, mount_from, stop)
         if copied is None or blob.damaged:
             # No byte of a mounted blob was seen, and a registry may keep the damaged file: ask for it.
             state = promotion.destination.probe_blob(promotion.target_repo, blob.descriptor)
@@ -490,37 +502,52 @@ def _count(promotion: _Promotion, what: str, size: int = 0) -> None:
         promotion.outcome.bytes_copied += size
 
 
-def _with_retries(promotion: _Promotion, blob: _Blob, mount_from: str, stop: threading.Event) -> int | None:
-    attempt = 0
-    while True:
-        try:
-            return _copy(promotion, blob.descriptor, mount_from, stop)
-        except Interrupted:
-            delay = promotion.destination.transport.policy.delay(attempt)
-            if delay is None:
-                raise
-            attempt += 1
-            stop.wait(delay)
-
-
 def _copy(promotion: _Promotion, blob: Descriptor, mount_from: str, stop: threading.Event) -> int | None:
-    """Mount or stream one blob; returns the bytes sent, ``None`` when it was mounted."""
+    """Mount or stream one blob; returns its size, ``None`` when it was mounted.
+
+    An upload that breaks off goes on where the registry says it stopped, else begins anew; both within the budget of retries.
+    """
     repository, target = promotion.target_repo, promotion.destination
     location = target.mount_blob(repository, blob, mount_from) if mount_from else ""
     if location is None:
         return None
+    offset = attempt = 0
     try:
-        # The first chunk comes before the upload is opened: a registry cannot be made to forget an upload that breaks
-        # off, so what is small and wrong, or not there at all, should not begin one.
-        chunks = _checked_chunks(promotion, blob, stop)
-        first = next(chunks, memoryview(b""))
-        location = location or target.start_upload(repository)
-        target.finish_upload(repository, location, blob, itertools.chain((first,), chunks))
+        while True:
+            try:
+                # The first chunk comes before the upload is opened: a registry cannot be made to forget an upload that breaks
+                # off, so what is small and wrong, or not there at all, should not begin one.
+                chunks = _checked_chunks(promotion, blob, stop)
+                first = next(chunks, memoryview(b""))
+                location = location or target.start_upload(repository)
+                target.finish_upload(repository, location, blob, _after(itertools.chain((first,), chunks), offset), offset)
+                return blob.size
+            except Interrupted as exc:
+                # A smaller part is not a repetition.
+                delay = 0 if exc.details.get("status") == 413 else target.transport.policy.delay(attempt, exc.retry_after)
+                if exc.final or delay is None:
+                    raise
+                attempt += bool(delay)
+                stop.wait(delay)
+                resumed = target.resume_upload(repository, location) if location and "status" not in exc.details else None
+                if resumed is None and location:
+                    target.cancel_upload(repository, location)
+                    if target.probe_blob(repository, blob) == "present":
+                        # Only the answer was lost.
+                        return blob.size
+                location, offset = resumed or ("", 0)
     except BaseException:
         if location:
             target.cancel_upload(repository, location)
         raise
-    return blob.size
+
+
+def _after(chunks: t.Iterator[memoryview], offset: int) -> t.Iterator[memoryview]:
+    """What comes after the first ``offset`` bytes, which are read and checked again but not sent."""
+    for chunk in chunks:
+        if offset < len(chunk):
+            yield chunk[offset:]
+        offset = max(0, offset - len(chunk))
 
 
 def _checked_chunks(promotion: _Promotion, blob: Descriptor, stop: threading.Event) -> t.Iterator[memoryview]:

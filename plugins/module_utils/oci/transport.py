@@ -14,8 +14,11 @@ import base64
 import functools
 import http.client
 import ipaddress
+import json
 import os
 import random
+import re
+import select
 import socket
 import ssl
 import threading
@@ -23,6 +26,7 @@ import time
 import typing as t
 import urllib.request
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from urllib.parse import unquote, urljoin, urlsplit
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
@@ -35,14 +39,28 @@ _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MAX_REDIRECTS = 5
 USER_AGENT = "selfhost.delivery"
 
+#: What a server says that is not content with the client's certificate, or with none.
+_CLIENT_ALERT = re.compile(r"ALERT.*(CERTIFICATE|UNKNOWN_CA|HANDSHAKE_FAILURE|ACCESS_DENIED)")
+
 _TIMEOUTS = (TimeoutError, socket.timeout)  # noqa: UP041 - two classes before Python 3.10
 
 
 class Interrupted(DeliveryError):
     """The network or the other side failed in a way that may be gone when asked again."""
 
+    #: What a ``Retry-After`` of the answer asked for.
+    retry_after: str | None = None
+    #: Its budget is used up, so nobody above asks again either: budgets do not multiply.
+    final = False
+
     def __init__(self, tried: str, seen: str, remedy: str = "", **details: t.Any) -> None:
         super().__init__(tried, seen, remedy, "transport", **details)
+
+    def during(self, tried: str) -> Interrupted:
+        """The same, told of the work that it interrupted and not of the request."""
+        told = Interrupted(tried, self.seen, self.remedy, **self.details)
+        told.retry_after, told.final = self.retry_after, self.final
+        return told
 
 
 @dataclass(frozen=True)
@@ -50,13 +68,13 @@ class RetryPolicy:
     """How long to wait before asking again. ``retries`` is the budget of one request."""
 
     retries: int
-    base: float = 0.2
+    base: float = 0.5
     ceiling: float = 10.0
 
     def delay(self, attempt: int, retry_after: str | None = None) -> float | None:
         """Seconds to wait after failure number ``attempt`` (from 0), or ``None`` to give up.
 
-        ``Retry-After`` is kept to where it is a number of seconds and not above ``LONGEST_WAIT``.
+        ``Retry-After`` is kept to where it asks for no more than ``LONGEST_WAIT``.
         """
         if attempt >= self.retries:
             return None
@@ -68,9 +86,14 @@ class RetryPolicy:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header; ``None`` for a missing header, a date or nonsense."""
+    """Seconds of a ``Retry-After`` header, which may be a date; ``None`` for a missing header or nonsense."""
     text = (value or "").strip()
-    return float(text) if text.isascii() and text.isdigit() else None
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -176,6 +199,9 @@ class Transport:
         ``chunks`` is a body that exists once, so such a request is never repeated here. An answer that asks for
         patience (408, 429, 5xx) comes back as ``Interrupted`` when the budget is used up; every other status is the caller's to judge.
         """
+        if urlsplit(url).scheme == "http" and not self._options.plain_http:
+            tried = f"{method} {without_query(url)}"
+            raise DeliveryError(tried, "it would be sent unencrypted", "Set plain_http if that is meant.", "config")
         attempt = 0
         while True:
             retry_after = None
@@ -187,17 +213,18 @@ class Transport:
                     return response
                 retry_after = response.headers.get("Retry-After")
                 response.read_all()
+                asked = parse_retry_after(retry_after)
                 failure = Interrupted(
                     f"{method} {without_query(url)}",
-                    f"the registry answered {response.status} {response.body[:200].decode(errors='replace').strip()}".rstrip(),
-                    f"It asks for {retry_after} seconds of patience."
-                    if parse_retry_after(retry_after)
-                    else "Look at the registry's log, then run again.",
+                    f"the registry answered {answer_of(response)}",
+                    f"It asks for {asked:.0f} seconds of patience." if asked else "Look at the registry's log, then run again.",
                 )
+                failure.retry_after = retry_after
             except Interrupted as exc:
                 failure = exc
             delay = self.policy.delay(attempt, retry_after) if retry and chunks is None else None
             if delay is None:
+                failure.final = retry and chunks is None
                 raise failure
             attempt += 1
             time.sleep(delay)
@@ -249,10 +276,13 @@ class Transport:
                 # The server may have closed a kept-alive connection a moment before we used it: not a failure yet.
                 if not fresh and chunks is None and not isinstance(exc, _TIMEOUTS):
                     continue
-                raise self._failure(method, url, origin, exc) from exc
+                raise self._failure(method, url, origin, proxy, exc) from exc
             except BaseException:
                 connection.close()
                 raise
+            if proxy and raw.status == 407:
+                connection.close()
+                raise _proxy_refusal(origin, proxy, "407 Proxy Authentication Required")
             return Response(raw, url, functools.partial(self._give_back, origin, connection))
 
     def _exchange(
@@ -266,7 +296,7 @@ class Transport:
     ) -> http.client.HTTPResponse:
         try:
             connection.request(method, target, body=chunks if chunks is not None else body, headers=dict(headers))
-        except (BrokenPipeError, ConnectionResetError) as exc:
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError) as exc:
             # A server that refuses a body answers and closes while we still send: its answer says more than the broken pipe.
             try:
                 return connection.getresponse()
@@ -277,8 +307,12 @@ class Transport:
     def _connection(self, origin: Origin, proxy: str | None) -> tuple[http.client.HTTPConnection, bool]:
         with self._lock:
             idle = self._idle.get(origin)
-            if idle:
-                return idle.pop(), False
+            while idle:
+                kept = idle.pop()
+                # What can be read while no answer is due is the end of the connection: a body that exists once must not find it out.
+                if not _readable(kept.sock):
+                    return kept, False
+                kept.close()
         connection: http.client.HTTPConnection
         via = Origin.of(proxy) if proxy else origin
         if origin.scheme == "https":
@@ -302,8 +336,11 @@ class Transport:
                 self._tls = _tls_context(self._options)
             return self._tls
 
-    def _failure(self, method: str, url: str, origin: Origin, exc: Exception) -> DeliveryError:
-        tried = f"reach the registry {origin.netloc}"
+    def _failure(self, method: str, url: str, origin: Origin, proxy: str | None, exc: Exception) -> DeliveryError:
+        tried = f"reach the registry {origin.netloc}" + (f" through the proxy {Origin.of(proxy).netloc}" if proxy else "")
+        refused = re.match(r"Tunnel connection failed: (4\d\d.*)", str(exc))
+        if proxy and refused:
+            return _proxy_refusal(origin, proxy, refused.group(1))
         if isinstance(exc, ssl.SSLCertVerificationError):
             return DeliveryError(
                 tried,
@@ -315,8 +352,14 @@ class Transport:
             return DeliveryError(
                 tried, "it does not speak TLS", "Set plain_http if it is meant to be reached without encryption.", "config"
             )
+        if isinstance(exc, ssl.SSLError) and _CLIENT_ALERT.search(exc.reason or ""):
+            given = "does not accept the certificate in client_cert" if self._options.client_cert else "wants a client certificate"
+            return DeliveryError(
+                tried, f"it {given} ({exc.reason})", "Name one that the registry's CA signed in client_cert and client_key.", "config"
+            )
         if isinstance(exc, socket.gaierror):
-            return Interrupted(tried, f"the name {origin.host} is not known ({exc.strerror})", "Correct the name, or look at DNS.")
+            name = Origin.of(proxy).host if proxy else origin.host
+            return Interrupted(tried, f"the name {name} is not known ({exc.strerror})", "Correct the name, or look at DNS.")
         if isinstance(exc, ConnectionRefusedError):
             return Interrupted(tried, "nothing listens there (connection refused)", "Start the registry, or correct the address.")
         if isinstance(exc, _TIMEOUTS):
@@ -337,6 +380,22 @@ def _tls_context(options: ClientOptions) -> ssl.SSLContext:
             raise DeliveryError(
                 f"load the CA {options.ca_path}", reason, "Correct ca_path: a PEM file or a directory of hashed ones.", "config"
             ) from exc
+    if options.client_cert:
+        try:
+            # A password that is given keeps OpenSSL from asking the terminal for one.
+            context.load_cert_chain(options.client_cert, options.client_key, password="")
+        except (OSError, ssl.SSLError) as exc:
+            reason = (
+                "a file of the two does not exist"
+                if isinstance(exc, FileNotFoundError)
+                else f"no certificate with a fitting key can be read ({describe(exc)})"
+            )
+            raise DeliveryError(
+                f"load the client certificate {options.client_cert}",
+                reason,
+                "Correct client_cert and client_key: PEM files, the key without a passphrase.",
+                "config",
+            ) from exc
     if not options.validate_certs:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -349,7 +408,7 @@ def proxy_for(origin: Origin) -> str | None:
         return None
     proxies = urllib.request.getproxies_environment()
     proxy = proxies.get(origin.scheme) or proxies.get("all")
-    if not proxy or _bypassed(f"{origin.host}:{origin.port}", proxies):
+    if not proxy or bypassed(origin, proxies.get("no") or ""):
         return None
     proxy = proxy if "://" in proxy else f"http://{proxy}"
     parts = urlsplit(proxy)
@@ -363,9 +422,39 @@ def proxy_for(origin: Origin) -> str | None:
     return proxy
 
 
-def _bypassed(address: str, proxies: dict[str, str]) -> bool:
-    # Typeshed does not know this function of urllib, which reads no_proxy the way everybody does.
-    return bool(getattr(urllib.request, "proxy_bypass_environment")(address, proxies))  # noqa: B009
+def bypassed(origin: Origin, no_proxy: str) -> bool:
+    """Whether ``no_proxy`` names ``origin``: ``*``, a name with all below it, an address or a network, each with an optional port."""
+    for entry in filter(None, re.split(r"[,\s]+", no_proxy.lower())):
+        match = re.match(r"(?:\[(?P<v6>[^]]+)\]|(?P<name>[^:]*))(?::(?P<port>\d+))?\Z", entry)
+        name, port = (match.group("v6") or match.group("name"), match.group("port")) if match else (entry, None)
+        if port and int(port) != origin.port:
+            continue
+        try:
+            if ipaddress.ip_address(origin.host) in ipaddress.ip_network(name, strict=False):
+                return True
+        except ValueError:
+            # One of them is a name; nobody else asks DNS here either.
+            bare = name[1:] if name.startswith("*.") else name
+            if name == "*" or origin.host == bare.lstrip(".") or (bare and origin.host.endswith("." + bare.lstrip("."))):
+                return True
+    return False
+
+
+def _proxy_refusal(origin: Origin, proxy: str, answer: str) -> DeliveryError:
+    return DeliveryError(
+        f"reach the registry {origin.netloc}",
+        f"the proxy {Origin.of(proxy).netloc} answered {answer}",
+        "Correct user and password in the proxy variable, let the proxy pass this registry, or name the registry in no_proxy.",
+        "config",
+    )
+
+
+def _readable(connection: socket.socket | None) -> bool:
+    if connection is None:
+        return True
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _is_loopback(host: str) -> bool:
@@ -396,6 +485,17 @@ def describe(exc: BaseException) -> str:
     if isinstance(exc, OSError) and exc.strerror:
         return exc.strerror
     return str(exc) or type(exc).__name__
+
+
+def answer_of(response: Response) -> str:
+    """``401 UNAUTHORIZED: authentication required`` from a registry's error body that has been read."""
+    try:
+        errors = json.loads(response.body).get("errors")
+        words = [[error.get(key) for key in ("code", "message", "detail")] for error in errors]
+        told = "; ".join(": ".join(word for word in told if word and isinstance(word, str)) for told in words)
+    except (ValueError, AttributeError, TypeError):
+        told = response.body[:200].decode(errors="replace").strip()
+    return f"{response.status} {told}".strip()
 
 
 def without_query(url: str) -> str:

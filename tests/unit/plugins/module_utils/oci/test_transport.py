@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import http.server
 import threading
+import time
 import typing as t
+from email.utils import formatdate
 
 import pytest
 
@@ -98,14 +100,18 @@ def client(server: Server, **options: t.Any) -> RegistryClient:
 
 def test_retry_policy() -> None:
     policy = RetryPolicy(3)
-    for attempt, longest in ((0, 0.2), (1, 0.4), (2, 0.8)):
+    for attempt, longest in ((0, 0.5), (1, 1), (2, 2)):
         delay = policy.delay(attempt)
         assert delay is not None and longest / 2 <= delay <= longest
     assert policy.delay(3) is None and RetryPolicy(0).delay(0) is None
     assert policy.delay(0, "7") == 7 and policy.delay(0, " 60 ") == 60
     assert policy.delay(0, "61") is None, "more patience than we have"
     late = policy.delay(0, "Wed, 21 Oct 2026 07:28:00 GMT")
-    assert late is not None and late < 1
+    assert late is not None and late < 1, "a date that has passed"
+    soon = policy.delay(0, formatdate(time.time() + 30, usegmt=True))
+    assert soon is not None and 25 < soon < 31
+    assert policy.delay(0, formatdate(time.time() + 3600, usegmt=True)) is None
+    assert policy.delay(0, "soon") is not None
     assert RetryPolicy(99).delay(50) is not None and t.cast(float, RetryPolicy(99).delay(50)) <= 10
 
 
@@ -171,6 +177,21 @@ def test_a_challenge_of_another_origin_is_not_answered(server: Server, other: Se
     server.script = [(307, {"Location": f"http://{other.address}/x"}, b"")]
     response = client(server, username="u", password="p").request("GET", "/v2/", [])
     assert response.status == 401 and len(other.requests) == 1 and "authorization" not in other.requests[0][2]
+
+
+def test_nothing_is_sent_in_the_clear_unless_asked_for(server: Server) -> None:
+    made = RegistryClient("r.example", ClientOptions(username="u", password="p"))
+    with pytest.raises(DeliveryError, match="unencrypted"):
+        made.request("GET", f"http://{server.address}/v2/", [])
+    assert server.requests == []
+
+
+def test_pages_that_a_registry_names_on_another_host_in_the_clear_are_refused(server: Server) -> None:
+    made = client(server)
+    made._origin = Origin("https", "r.example", 443)
+    server.script = [(200, {"Link": f'<http://{server.address}/v2/a/tags/list?n=1>; rel="next"'}, b'{"tags":[]}')]
+    with pytest.raises(DeliveryError, match=f"sends us to http://{server.address}"):
+        made.tags("a")
 
 
 def test_redirects_end(server: Server) -> None:
@@ -256,6 +277,17 @@ def test_a_blob_that_breaks_off_is_damaged_though_head_says_otherwise(server: Se
         ({"https_proxy": "http://p:3128", "no_proxy": "r.example"}, "https://r.example:5000", None),
         ({"https_proxy": "http://p:3128", "no_proxy": ".example"}, "https://r.example", None),
         ({"https_proxy": "http://p:3128", "no_proxy": "*"}, "https://r.example", None),
+        ({"https_proxy": "http://p:3128", "no_proxy": "a.example, example"}, "https://r.example", None),
+        ({"https_proxy": "http://p:3128", "no_proxy": "*.example"}, "https://r.example", None),
+        ({"https_proxy": "http://p:3128", "no_proxy": "r.example:5000"}, "https://r.example", "http://p:3128"),
+        ({"https_proxy": "http://p:3128", "no_proxy": "r.example:5000"}, "https://r.example:5000", None),
+        ({"https_proxy": "http://p:3128", "no_proxy": "xr.example,r.exampl"}, "https://r.example", "http://p:3128"),
+        ({"https_proxy": "http://p:3128", "no_proxy": "10.0.0.0/8"}, "https://10.1.2.3", None),
+        ({"https_proxy": "http://p:3128", "no_proxy": "10.0.0.0/8:5000"}, "https://10.1.2.3", "http://p:3128"),
+        ({"https_proxy": "http://p:3128", "no_proxy": "10.0.0.0/8"}, "https://11.1.2.3", "http://p:3128"),
+        ({"https_proxy": "http://p:3128", "no_proxy": "10.0.0.0/8"}, "https://r10.example", "http://p:3128"),
+        ({"https_proxy": "http://p:3128", "no_proxy": "fd00::/8"}, "https://[fd00::1]:5000", None),
+        ({"https_proxy": "http://p:3128", "no_proxy": "[fd00::1]:5000"}, "https://[fd00::1]:5000", None),
         ({"http_proxy": "http://p:3128"}, "http://localhost:5000", None),
         ({"http_proxy": "http://p:3128"}, "http://127.0.0.1:5000", None),
     ],
