@@ -241,22 +241,26 @@ def test_the_wrong_key(registry: Registry, signing: Signing, call: Call, image: 
     assert_refused(refused, "policy", "1 signature found", f"not by identity {ANNA} by {ISSUER}")
 
 
-def test_a_signature_moved_to_another_image(registry: Registry, signing: Signing, call: Call, image: tuple[str, Manifest]) -> None:
+@pytest.mark.parametrize("form", ["tag", "bundle"])
+def test_a_signature_moved_to_another_image(
+    registry: Registry, signing: Signing, call: Call, image: tuple[str, Manifest], form: str
+) -> None:
     name, signed = image
     client, repository = client_of(registry), name.partition(":")[0]
     other = push_image(client, repository, "sha-bad", [b"not what was signed"])
-    signing.sign(registry, name)
-    signing.sign(registry, name, "bundle")
-    signing.attest(registry, name, "bundle")
-    moved = client.manifest(repository, digest_tag(signed.digest, ".sig"))
-    assert moved is not None
-    client.put_manifest(repository, moved, digest_tag(other.digest, ".sig"))
+    signing.sign(registry, name, form)
+    signing.attest(registry, name, form)
+    for suffix in (".sig", ".att") if form == "tag" else ():
+        moved = client.manifest(repository, digest_tag(signed.digest, suffix))
+        assert moved is not None
+        client.put_manifest(repository, moved, digest_tag(other.digest, suffix))
     for referrer in list_referrers(client, repository, signed.digest):
-        content = dict((client.manifest(repository, referrer.digest) or moved).content)
-        put_referrers(client, repository, other.digest, [Manifest.build({**content, "subject": other.descriptor().as_json()})])
+        moved = client.manifest(repository, referrer.digest)
+        assert moved is not None
+        put_referrers(client, repository, other.digest, [Manifest.build({**moved.content, "subject": other.descriptor().as_json()})])
     asked = wish(registry, f"{repository}:sha-bad", key=signing.path("ours.pub"), attestations=[SPDX])
     refused = call("image_verify", **asked)
-    assert_refused(refused, "policy", f"is for {signed.digest}, not for this image", f"one is about {signed.digest}")
+    assert_refused(refused, "policy", f"beside it is for {signed.digest}, not for this image", f"one is about {signed.digest}")
     assert refused["images"][0]["signatures"] == [] and refused["images"][0]["attestations"] == []
 
 
@@ -302,7 +306,8 @@ def test_attestations_by_our_key_count_and_are_no_signatures(
     done = call("image_verify", min_signers=0, attestations=["spdxjson", SPDX], **asked)
     (attestation,) = done["images"][0]["attestations"][:1]
     assert attestation["predicate_type"] == SPDX and attestation["key"] == signing.fingerprint("ours") and attestation["format"] == form
-    assert_refused(call("image_verify", **asked), "policy", "it is not signed")
+    for attestations in ([], ["spdxjson"]):
+        assert_refused(call("image_verify", attestations=attestations, **asked), "policy", "it is not signed")
     refused = call("image_verify", min_signers=0, attestations=["vuln"], **asked)
     assert_refused(refused, "policy", "attestation/vuln/v1 counts", f"there are only others: {SPDX}")
 
