@@ -60,6 +60,7 @@ class Signing:
             env={**os.environ, "COSIGN_PASSWORD": "", "COSIGN_YES": "true", "HOME": str(self.directory)},
             capture_output=True,
             text=True,
+            check=False,
         )
         assert done.returncode == 0, f"cosign {arguments}\n{done.stderr}"
         return done.stdout
@@ -68,7 +69,7 @@ class Signing:
         reach = ["--registry-cacert", registry.ca_path] if registry.ca_path else ["--allow-http-registry"]
         if registry.username and registry.password:
             reach += ["--registry-username", registry.username, "--registry-password", registry.password]
-        kind = [f"--new-bundle-format={'true' if form == 'bundle' else 'false'}", "--tlog-upload=false"]
+        kind = [f"--new-bundle-format={'true' if form == 'bundle' else 'false'}", "--tlog-upload=false", "--use-signing-config=false"]
         self.cosign(action, *kind, "--key", f"{key}.key", *reach, *arguments, f"{registry.address}/{image}")
 
     def sign(self, registry: Registry, image: str, form: str = "tag", key: str = "ours", *arguments: str) -> None:

@@ -303,7 +303,9 @@ def _attestations(
         return True
 
     for attested in evidence.attestations:
-        if any([fits(statement) for statement in map(_envelope_statement, attested.blobs.values()) if statement]):
+        # A list: each of them is looked at, so that the reasons name them all.
+        fitting = [fits(statement) for statement in map(_envelope_statement, attested.blobs.values()) if statement]
+        if any(fitting):
             for signer in policy.signers:
                 keep(cosign.attestations(signer, image, attested, predicate), signer, ("", ""), "tag")
     for bundle in evidence.bundles:
