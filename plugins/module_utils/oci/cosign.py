@@ -59,6 +59,7 @@ _WORDS = (
         r"does not include required embedded SCT|signed certificate timestamp",
         "its certificate has no proof of a log, and insecure_ignore_sct is not set",
     ),
+    (r"only supported with --new-bundle-format", "cosign 2 cannot check it against a trusted root, cosign 3 can"),
     (r"no certificate found on signature", "it was made with a key and has no certificate"),
 )
 _PEM = re.compile(r"-----BEGIN (?P<kind>[A-Z ]+)-----(?P<body>.*?)-----END (?P=kind)-----", re.DOTALL)
@@ -214,9 +215,12 @@ class Cosign:
         """One Sigstore bundle (signature or attestation), as an in-toto statement."""
         algorithm, value = digest.split(":", 1)
         path = self._write("bundle.json", bundle)
-        result = self._run(
-            "verify-blob-attestation", signer, ["--bundle", path, f"--type={predicate}", f"--digest={value}", f"--digestAlg={algorithm}"]
-        )
+        arguments = ["--bundle", path, f"--type={predicate}", f"--digest={value}", f"--digestAlg={algorithm}"]
+        material = (_json(bundle) or {}).get("verificationMaterial")
+        if self.version.startswith("v3.") and isinstance(material, dict) and "x509CertificateChain" in material:
+            # What cosign 3 writes for a certificate that it was given with its chain, and does not read without being told.
+            arguments.append("--allow-certificate-chain=true")
+        result = self._run("verify-blob-attestation", signer, arguments)
         if not result.ok:
             return Checked(refusal=_said(result))
         statement = statement_of((_json(bundle) or {}).get("dsseEnvelope"))

@@ -365,7 +365,11 @@ def _subjects(statement: t.Mapping[str, t.Any]) -> set[str]:
 def _bundle_names(bundle: bytes) -> tuple[str, str]:
     """Subject and issuer of the certificate in a bundle; empty where it was made with a key."""
     material = _json(bundle).get("verificationMaterial")
+    chain = material.get("x509CertificateChain") if isinstance(material, dict) else None
+    certificates = chain.get("certificates") if isinstance(chain, dict) else None
     certificate = material.get("certificate") if isinstance(material, dict) else None
+    if isinstance(certificates, list) and certificates:
+        certificate = certificates[0]
     if not isinstance(certificate, dict):
         return "", ""
     try:
