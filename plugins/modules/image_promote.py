@@ -15,7 +15,7 @@ description:
   - Copies from registry to registry, mounts from repository to repository of one registry, and only writes a manifest from tag to tag
     of one repository. It runs where it is called and needs no Docker daemon; layers stream through memory, not over the disk.
   - Every byte that passes is checked against its digest, and what the destination already has is asked for before it is believed,
-    down to each layer, so a destination with a missing layer is repaired.
+    down to each layer, so a destination with a missing layer is repaired. O(verify) makes that cheaper where it is not needed.
   - All images of a task are looked at before anything is written. Then come layers, manifests, what belongs to them, and the tags last.
 author:
   - selfhost.delivery contributors (@selfhost-delivery)
@@ -84,6 +84,19 @@ options:
       - A cosign tag at the destination that holds signatures which the source lacks is left as it is, with a warning.
     type: bool
     default: true
+  verify:
+    description:
+      - How much of the destination is looked at before it is believed. What has to be written is always written whole, and
+        the tags last, whatever is chosen here.
+      - V(blobs) reads one byte of every blob, also of an image whose tag is right already. Only this finds and mends an image that was
+        whole once and lost a layer since, to a garbage collection or a damaged disk. What a mount promises is looked at too.
+      - V(manifests) looks at every manifest of an index and at referrers, and believes that a manifest which is there has its blobs.
+      - V(tag) believes a tag that names the right digest. Where all tags do, nothing else is asked, one request for each tag;
+        a source that is given by digest is then not asked at all, one given by tag once. Referrers that were attached
+        at the source since are not looked for. A registry that answers a write with the right digest is believed without reading it back.
+    type: str
+    choices: [blobs, manifests, tag]
+    default: blobs
   immutable_tags:
     description: Python regular expressions. A tag that matches one is never moved to another digest.
     type: list
@@ -135,6 +148,11 @@ EXAMPLES = r"""
     source: registry.example.com/shop/app:sha-abc
     destination: registry.example.com/shop/app:production
 
+- name: Keep a mirror up to date, cheaply; what is there already costs one request for each image
+  selfhost.delivery.image_promote:
+    images: "{{ shop_mirrored_images }}"
+    verify: tag
+
 - name: Promote all images of a build in one go
   selfhost.delivery.image_promote:
     images:
@@ -174,7 +192,9 @@ media_type:
   type: str
   sample: application/vnd.oci.image.index.v1+json
 blobs:
-  description: How many blobs (configs and layers) of all images were mounted, copied, and there already.
+  description:
+    - How many blobs (configs and layers) of all images were mounted, copied, and there already.
+    - What O(verify) does not look at is not counted.
   returned: success
   type: dict
   sample: {mounted: 0, copied: 3, present: 5}
@@ -265,7 +285,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import check_platform
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import CONNECTION_ARGUMENTS, SIDE_ARGUMENTS, client_options_from
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transfer import Outcome, Rules, Wish, promote
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transfer import VERIFY, Outcome, Rules, Wish, promote
 
 IMAGE_ARGUMENTS: dict[str, t.Any] = {
     "source": {"type": "str"},
@@ -282,7 +302,7 @@ def run(params: t.Mapping[str, t.Any], check: bool) -> list[Outcome]:
     platforms = tuple(check_platform(name) for name in params["platforms"] if name != "all")
     if platforms and "all" in params["platforms"]:
         raise DeliveryError("read the option platforms", "it names 'all' and others", "Name 'all' alone, or only others.", "config")
-    rules = Rules(platforms, params["referrers"], tuple(params["immutable_tags"]), params["concurrency"])
+    rules = Rules(platforms, params["referrers"], tuple(params["immutable_tags"]), params["concurrency"], params["verify"])
     return promote(wishes, rules, client_options_from(params, "source_"), client_options_from(params, "destination_"), check)
 
 
@@ -298,6 +318,7 @@ def main() -> None:
             },
             "platforms": {"type": "list", "elements": "str", "default": ["all"]},
             "referrers": {"type": "bool", "default": True},
+            "verify": {"type": "str", "choices": list(VERIFY), "default": "blobs"},
             "immutable_tags": {"type": "list", "elements": "str", "default": ["^sha-"]},
             "source_auth": SIDE_ARGUMENTS,
             "destination_auth": SIDE_ARGUMENTS,

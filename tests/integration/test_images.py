@@ -11,6 +11,7 @@ import http.server
 import importlib
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -303,6 +304,100 @@ def test_a_truncated_blob_at_the_destination_is_not_believed(registries: Start, 
     path.write_bytes(path.read_bytes()[:1000])
     # The registry keeps the file it has, so the truth is a refusal and not a repair.
     assert_refused(call("image_promote", **wish), "transport", image.blobs[1].digest, "damaged")
+
+
+# -- how much is looked at -----------------------------------------------------------------------------------------
+
+
+def requests_of(registry: Registry, action: t.Callable[[], t.Any]) -> list[str]:
+    """What ``action`` asks of ``registry``, as its access log tells it: method and path, in order."""
+    log = registry.directory / "log"
+
+    def lines() -> list[str]:
+        return re.findall(r'"((?:GET|HEAD|PUT|POST|PATCH|DELETE) /v2/\S*) HTTP', log.read_text(errors="replace"))
+
+    before = len(lines())
+    action()
+    # The line of an answer may come after the answer; that of this question comes after all of them.
+    mark = f"/v2/mark/manifests/{os.urandom(8).hex()}"
+    client_of(registry).request("GET", mark, [])
+    while not lines()[-1].endswith(mark):
+        time.sleep(0.01)
+    return [line for line in lines()[before:] if not line.endswith(mark)]
+
+
+def test_nothing_to_do_is_one_request(registries: Start, call: t.Callable[..., Result]) -> None:
+    a, b = registries(), registries()
+    index, children = push_index(client_of(a), "app", "sha-abc")
+    wish = {"source": f"{a.address}/app@{index.digest}", "destination": f"{b.address}/app:sha-abc", "plain_http": True}
+    call("image_promote", **wish)
+    seen: dict[str, Result] = {}
+
+    def run(**more: t.Any) -> None:
+        seen["result"] = call("image_promote", **{**wish, "verify": "tag", **more})
+
+    asked_of_a: list[str] = []
+    asked_of_b = requests_of(b, lambda: asked_of_a.extend(requests_of(a, run)))
+    assert asked_of_b == ["GET /v2/app/manifests/sha-abc"] and asked_of_a == []
+    assert not seen["result"]["changed"] and seen["result"]["digest"] == index.digest and seen["result"]["media_type"] == OCI_INDEX
+    assert seen["result"]["results"][0]["platforms"] == ["linux/amd64", "linux/arm64"]
+
+    # By tag the source is asked what the tag names today, and nothing more.
+    asked_of_b = requests_of(b, lambda: asked_of_a.extend(requests_of(a, lambda: run(source=f"{a.address}/app:sha-abc"))))
+    assert asked_of_a == asked_of_b == ["GET /v2/app/manifests/sha-abc"] and not seen["result"]["changed"]
+    run(source=f"{a.address}/app:sha-abc", expected_digest=children["amd64"].digest)
+    assert_refused(seen["result"], "policy", index.digest)
+    # A tag that is not right yet is not believed for the sake of one that is.
+    run(extra_tags=["production"])
+    assert seen["result"]["changed"]
+    assert_whole(client_of(b), "app", "production", index.digest)
+
+
+def test_tag_and_mount_take_three_rounds(registries: Start, call: t.Callable[..., Result]) -> None:
+    a = registries()
+    image = push_image(client_of(a), "app", "sha-abc", [b"one", b"two"])
+    tail = {"plain_http": True, "verify": "tag", "referrers": False, "source": f"{a.address}/app:sha-abc"}
+    retag = requests_of(a, lambda: call("image_promote", destination=f"{a.address}/app:production", **tail))
+    # The first two go side by side.
+    assert sorted(retag[:2]) == ["GET /v2/app/manifests/production", "GET /v2/app/manifests/sha-abc"]
+    assert retag[2:] == ["PUT /v2/app/manifests/production"]
+    mount = requests_of(a, lambda: call("image_promote", destination=f"{a.address}/prod/app", **tail))
+    assert sorted(mount[:2]) == ["GET /v2/app/manifests/sha-abc", "GET /v2/prod/app/manifests/sha-abc"]
+    assert len(mount) == 6 and all(line.startswith("POST /v2/prod/app/blobs/uploads/?mount=") for line in mount[2:5])
+    assert mount[5] == "PUT /v2/prod/app/manifests/sha-abc"
+    for repository, tag in (("app", "production"), ("prod/app", "sha-abc")):
+        assert_whole(client_of(a), repository, tag, image.digest)
+
+
+@pytest.mark.parametrize("verify", ["tag", "manifests", "blobs"])
+def test_what_is_looked_at_is_what_is_mended(registries: Start, call: t.Callable[..., Result], verify: str) -> None:
+    a, b = registries(), registries()
+    index, children = push_index(client_of(a), "app", "sha-abc")
+    wish = {"source": f"{a.address}/app:sha-abc", "destination": f"{b.address}/app", "plain_http": True}
+    call("image_promote", **wish)
+    client = client_of(b)
+    assert client.request("DELETE", f"/v2/app/manifests/{children['arm64'].digest}", []).status == 202
+    assert call("image_promote", verify=verify, **wish)["changed"] == (verify != "tag")
+    call("image_promote", **wish)
+    b.blob_file(children["amd64"].blobs[1].digest).unlink()
+    assert call("image_promote", verify=verify, **wish)["changed"] == (verify == "blobs")
+    call("image_promote", **wish)
+    assert_whole(client, "app", "sha-abc", index.digest)
+
+
+def test_a_layer_that_many_tags_share_is_looked_at_once(registries: Start, call: t.Callable[..., Result]) -> None:
+    a, b = registries(), registries()
+    base = b"base" * 1000
+    images = [push_image(client_of(a), "app", f"sha-{number}", [base, str(number).encode()]) for number in range(12)]
+    wishes = [{"source": f"{a.address}/app:sha-{number}", "destination": f"{b.address}/app"} for number in range(12)]
+    done = call("image_promote", images=wishes, plain_http=True)
+    # The config is the same in all of them, too.
+    assert done["blobs"]["copied"] == 2 + 12
+    for number, image in enumerate(images):
+        assert_whole(client_of(b), "app", f"sha-{number}", image.digest)
+    asked = requests_of(b, lambda: call("image_promote", images=wishes, plain_http=True))
+    # Side by side several may ask for it before the first answer is there; there are four of them.
+    assert 1 <= sum(line.endswith(images[0].blobs[1].digest) for line in asked) <= 4
 
 
 @pytest.mark.parametrize("size", [5000, 3 * 1024 * 1024])

@@ -11,6 +11,7 @@ leaves the others untouched too.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import re
@@ -30,6 +31,8 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport im
 
 #: Large reads keep SHA-256 and TLS busy outside the interpreter lock; two buffers a thread.
 _CHUNK = 1024 * 1024
+#: How much of the destination is looked at before it is believed, the most first; image_promote documents them.
+VERIFY = ("blobs", "manifests", "tag")
 _T = t.TypeVar("_T")
 _R = t.TypeVar("_R")
 
@@ -71,12 +74,13 @@ class Wish:
 
 @dataclass(frozen=True)
 class Rules:
-    """What holds for all images of a call. ``platforms`` empty: all of them."""
+    """What holds for all images of a call. ``platforms`` empty: all of them. ``verify``: one of :data:`VERIFY`."""
 
     platforms: tuple[str, ...] = ()
     referrers: bool = True
     immutable_tags: tuple[str, ...] = ("^sha-",)
     concurrency: int = 4
+    verify: str = "blobs"
 
     def immutable(self, tag: str) -> bool:
         return any(re.search(pattern, tag) for pattern in self.immutable_tags)
@@ -152,6 +156,7 @@ def promote(
                 f"read the pattern {pattern!r} of immutable_tags", str(exc), "Write a Python regular expression.", "config"
             ) from exc
     with Registries() as registries, _Workers(rules.concurrency) as leaves, _Workers(min(rules.concurrency, max(len(wishes), 1))) as images:
+        probes: _Probes = {}
         promotions = [
             _Promotion(
                 wish,
@@ -159,6 +164,7 @@ def promote(
                 registries.client(wish.source.registry, source),
                 registries.client(wish.destination.registry, destination),
                 leaves,
+                probes,
             )
             for wish in wishes
         ]
@@ -167,8 +173,7 @@ def promote(
         if not check:
             _copy_blobs(promotions, leaves)
             images.map(lambda promotion: promotion.write(), promotions)
-            for promotion in promotions:
-                promotion.move_tags()
+            images.map(lambda promotion: promotion.move_tags(), promotions)
         return [promotion.outcome for promotion in promotions]
 
 
@@ -200,6 +205,14 @@ class _Workers:
         return [future.result() for future in futures]
 
 
+#: What was found of a blob, by repository and digest; see ``RegistryClient.probe_blob``.
+_Probes = t.Dict[t.Tuple[str, str], str]  # noqa: UP006 - evaluated on Python 3.9
+
+
+def _ask(question: t.Callable[[], _R]) -> _R:
+    return question()
+
+
 @dataclass
 class _Blob:
     """A blob that the destination lacks. ``damaged``: there, but not whole, so that mounting would only repeat it."""
@@ -213,12 +226,15 @@ class _Blob:
 class _Promotion:
     """One image on its way: ``plan`` reads and decides, ``write`` and ``move_tags`` do."""
 
-    def __init__(self, wish: Wish, rules: Rules, source: RegistryClient, destination: RegistryClient, workers: _Workers) -> None:
+    def __init__(
+        self, wish: Wish, rules: Rules, source: RegistryClient, destination: RegistryClient, workers: _Workers, probes: _Probes
+    ) -> None:
         self.wish = wish
         self.rules = rules
         self.source = source
         self.destination = destination
         self.workers = workers
+        self.probes = probes
         self.source_repo = wish.source.repository
         self.target_repo = wish.destination.repository
         self.same_registry = wish.source.registry == wish.destination.registry
@@ -235,9 +251,13 @@ class _Promotion:
 
     def plan(self) -> None:
         """Read both sides and decide; nothing is written."""
-        found = self.source.resolve(self.wish.source)
+        found, present = self._read()
         self.outcome.source_digest = found.digest
-        tree = self._choose(found)
+        if not self.rules.platforms and self._believed(found.digest, present):
+            self.outcome.platforms = platforms_of(found) if found.is_index else []
+            tree = [found]
+        else:
+            tree = self._choose(found)
         self.root = tree[-1]
         self.outcome.digest, self.outcome.media_type = self.root.digest, self.root.media_type
         expected = self.wish.expected_digest
@@ -248,13 +268,37 @@ class _Promotion:
                 "The tag has moved, or another image was meant.",
                 "policy",
             )
-        there = self._read_tags()
+        there = self._note_tags(present)
+        if self._believed(self.root.digest, present):
+            return
         self._manifests = self._missing_manifests(tree, there)
-        needed = list({blob.digest: blob for manifest in tree for blob in manifest.blobs}.values())
+        looked_at = tree if self.rules.verify == "blobs" else self._manifests
+        needed = [blob for manifest in looked_at for blob in manifest.blobs]
         if self.rules.referrers and not self.same_repo:
             for subject in tree:
                 needed += self._plan_referrers(subject.digest)
         self._plan_blobs(list({blob.digest: blob for blob in needed}.values()))
+
+    def _read(self) -> tuple[Manifest, list[Manifest | None]]:
+        """The source, and what each tag of the destination names; side by side, since neither needs the other."""
+        asks: list[t.Callable[[], Manifest | None]] = [
+            functools.partial(self.destination.manifest, self.target_repo, tag) for tag in self.wish.tags
+        ]
+        digest = self.wish.source.digest
+        if digest and self.rules.verify == "tag":
+            # Equal digests are equal bytes, so the destination's own answer says all that is to be known.
+            present = self.workers.map(_ask, asks)
+            if present and present[0] and self._believed(digest, present):
+                return present[0], present
+            return self.source.resolve(self.wish.source), present
+        source = self.source.resolve
+        found, *present = self.workers.map(_ask, [lambda: source(self.wish.source), *asks])
+        assert found is not None  # resolve refuses what is not there
+        return found, present
+
+    def _believed(self, digest: str, present: t.Sequence[Manifest | None]) -> bool:
+        """Whether tags that name ``digest`` are enough to know that nothing is to be done."""
+        return self.rules.verify == "tag" and bool(present) and all(manifest and manifest.digest == digest for manifest in present)
 
     def _choose(self, found: Manifest) -> list[Manifest]:
         """The manifests to promote, children first and the one that gets the tags last."""
@@ -298,12 +342,10 @@ class _Promotion:
             )
         return manifest
 
-    def _read_tags(self) -> Manifest | None:
+    def _note_tags(self, named: t.Sequence[Manifest | None]) -> Manifest | None:
         """Note what each tag names now, refuse to move an immutable one, and return the root where a tag has it."""
         there = None
-        for tag, present in zip(
-            self.wish.tags, self.workers.map(lambda tag: self.destination.manifest(self.target_repo, tag), self.wish.tags)
-        ):
+        for tag, present in zip(self.wish.tags, named):
             self.outcome.tags_before[tag] = present.digest if present else None
             if present and present.digest == self.root.digest:
                 there = present
@@ -328,6 +370,9 @@ class _Promotion:
                 return False
             if self.same_repo and (manifest is not self.root or manifest.digest == self.outcome.source_digest):
                 return False
+            if self.rules.verify == "tag" and self.wish.tags and manifest is self.root:
+                # Written anyway, with the tag; whether it is there without one is not worth a question.
+                return True
             return self.destination.manifest(self.target_repo, manifest.digest) is None
 
         absent = [manifest for manifest, gone in zip(tree, self.workers.map(missing, tree)) if gone]
@@ -342,7 +387,7 @@ class _Promotion:
             self.blobs = [_Blob(self, blob, mount_from=self.source_repo) for blob in needed]
             self.outcome.blobs["mounted"] = len(needed)
             return
-        states = self.workers.map(lambda blob: self.destination.probe_blob(self.target_repo, blob), needed)
+        states = self.workers.map(self._probe, needed)
         for blob, state in zip(needed, states):
             if state == "present":
                 self.outcome.blobs["present"] += 1
@@ -359,6 +404,13 @@ class _Promotion:
                 self.outcome.blobs["mounted" if mount else "copied"] += 1
                 self.outcome.bytes_copied += 0 if mount else blob.size
 
+    def _probe(self, blob: Descriptor) -> str:
+        """The blob's state at the destination; images of one call that share it ask once."""
+        key = (self.wish.destination.name, blob.digest)
+        if key not in self.probes:
+            self.probes[key] = self.destination.probe_blob(self.target_repo, blob)
+        return self.probes[key]
+
     def _plan_referrers(self, subject: str) -> list[Descriptor]:
         """What belongs to ``subject`` and is not at the destination yet; returns all blobs it consists of."""
         needed: list[Descriptor] = []
@@ -369,10 +421,11 @@ class _Promotion:
             if manifest is None or manifest.subject != subject or manifest.is_index:
                 self.outcome.warnings.append(f"{self.wish.source}: its referrer {digest} is not there or not its own; left out")
                 continue
-            needed += manifest.blobs
-            if digest not in here or self.destination.manifest(self.target_repo, digest) is None:
+            absent = digest not in here or self.destination.manifest(self.target_repo, digest) is None
+            if absent:
                 self._referrers.setdefault(subject, []).append(manifest)
                 self.outcome.referrers += 1
+            needed += manifest.blobs if absent or self.rules.verify == "blobs" else []
             # A signature of an SBOM belongs to the SBOM. Digests cannot form a circle, so this ends.
             needed += self._plan_referrers(digest)
         for suffix in COSIGN_SUFFIXES:
@@ -392,6 +445,8 @@ class _Promotion:
                 return []
             self._cosign.append((tag, manifest))
             self.outcome.referrers += 1
+        elif self.rules.verify != "blobs":
+            return []
         return manifest.blobs
 
     @staticmethod
@@ -413,8 +468,11 @@ class _Promotion:
 
     def write(self) -> None:
         """Manifests by digest, children first, then what belongs to them. The blobs are there already."""
+        moves = any(before != self.root.digest for before in self.outcome.tags_before.values())
         for manifest in self._manifests:
-            self.destination.put_manifest(self.target_repo, manifest)
+            # The first tag brings the root with it, unless something that is written before the tag refers to it.
+            if manifest is not self.root or not moves or self._referrers or self._cosign:
+                self.destination.put_manifest(self.target_repo, manifest)
         for subject, manifests in self._referrers.items():
             put_referrers(self.destination, self.target_repo, subject, manifests)
         for tag, manifest in self._cosign:
@@ -422,19 +480,24 @@ class _Promotion:
 
     def move_tags(self) -> None:
         """Write the tags that do not name the image yet, and read every one back."""
+        told = set()
         for tag, before in self.outcome.tags_before.items():
             if before == self.root.digest:
                 continue
-            if self.rules.immutable(tag):
-                # Somebody may have written it since the plan.
+            if self.rules.immutable(tag) and self.outcome.bytes_copied:
+                # Somebody may have written it while the bytes were on their way.
                 present = self.destination.manifest(self.target_repo, tag)
                 if present and present.digest != self.root.digest:
                     self._refuse_to_move(tag, present.digest)
-            self.destination.put_manifest(self.target_repo, self.root, tag=tag)
+            response = self.destination.put_manifest(self.target_repo, self.root, tag=tag)
+            if self.rules.verify == "tag" and response.headers.get("Docker-Content-Digest") == self.root.digest:
+                told.add(tag)
         if not self.outcome.changed:
             return
-        for version in self.wish.tags or (self.root.digest,):
-            written = self.destination.manifest(self.target_repo, version)
+        versions = [version for version in self.wish.tags or (self.root.digest,) if version not in told]
+        for version, written in zip(
+            versions, self.workers.map(lambda version: self.destination.manifest(self.target_repo, version), versions)
+        ):
             if written is None or written.digest != self.root.digest:
                 raise DeliveryError(
                     f"promote {self.wish.source} to {self.wish.destination.name}",
@@ -470,7 +533,7 @@ def _place(group: list[_Blob], stop: threading.Event) -> None:
             continue
         mount_from = blob.mount_from or (home if not blob.damaged else "")
         copied = _with_retries(promotion, blob, mount_from, stop)
-        if copied is None or blob.damaged:
+        if (copied is None and promotion.rules.verify != "tag") or blob.damaged:
             # No byte of a mounted blob was seen, and a registry may keep the damaged file: ask for it.
             state = promotion.destination.probe_blob(promotion.target_repo, blob.descriptor)
             if state != "present":
