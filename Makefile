@@ -13,10 +13,10 @@ DEMO_PRODUCTION_PORT ?= 18080
 export DEMO_DIR DELIVERY_CACHE DEMO_NAME DEMO_REGISTRY_PORT DEMO_STAGING_PORT DEMO_PRODUCTION_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test lint build clean
+.PHONY: help demo demo-down test lint bench-images build clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## set this machine up and walk a small product through four releases, under load
 	@scripts/bootstrap.sh demo
@@ -34,11 +34,16 @@ lint: ## the quick gates alone
 	@scripts/bootstrap.sh test
 	@tests/run.sh lint ansible-lint
 
+bench-images: ## image_promote beside crane, regctl, skopeo and docker; BENCH="--runs 3" and more: tests/bench/images.py --help
+	@scripts/bootstrap.sh test
+	@tests/bench/peers.sh
+	@$(PYTHON) -B tests/bench/images.py $(BENCH)
+
 build: ## the collection's tarball, in .cache/dist
 	@scripts/bootstrap.sh demo
 	@.venv/bin/ansible-galaxy collection build --force --output-path .cache/dist
 
 clean: ## remove what was made in this checkout; run demo-down first
 	@rm -rf .venv .ansible .nox .pytest_cache .mypy_cache .ruff_cache tests/output
-	@rm -rf .cache/build .cache/dist .cache/mypy .cache/results .cache/sanity .cache/collections
+	@rm -rf .cache/build .cache/dist .cache/mypy .cache/results .cache/sanity .cache/collections .cache/bench build/bench
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,14 +34,20 @@ _OWN_TAG = ".ref-"
 _WRITE_ATTEMPTS = 8
 
 
-def list_referrers(client: RegistryClient, repository: str, digest: str, artifact_type: str | None = None) -> list[Descriptor]:
-    """Everything that names ``digest`` as its subject, from the API, the fallback tag and our own tags, each once."""
+def list_referrers(
+    client: RegistryClient, repository: str, digest: str, artifact_type: str | None = None, tags: frozenset[str] | None = None
+) -> list[Descriptor]:
+    """Everything that names ``digest`` as its subject, from the API, the fallback tag and our own tags, each once.
+
+    ``tags``: all of the repository, where the caller has them already; then no tag is asked for that is not among them.
+    """
     entries: dict[str, dict[str, t.Any]] = {}
     from_api = _from_api(client, repository, digest)
-    for entry in (from_api or []) + _from_fallback(client, repository, digest):
+    from_fallback = _from_fallback(client, repository, digest) if tags is None or digest_tag(digest) in tags else []
+    for entry in (from_api or []) + from_fallback:
         entries.setdefault(entry["digest"], entry)
     if from_api is None:
-        tags = client.tags(repository)
+        tags = client.tags(repository) if tags is None else tags
         entries = merge_entries(list(entries.values()), _from_own_tags(client, repository, digest, tags, set(entries)))
     found = [Descriptor.from_json(entry, f"the referrers of {client.registry}/{repository}@{digest}") for entry in entries.values()]
     return [item for item in found if artifact_type is None or item.artifact_type == artifact_type]

@@ -451,12 +451,13 @@ class _Promotion:
 
     @staticmethod
     def _listed(client: RegistryClient, repository: str, subject: str) -> set[str]:
-        if client.referrers_api is False:
-            tags = client.known_tags(repository)
+        # Without the API, one list of all tags answers for every image of the call.
+        tags = None if client.referrers_api else client.known_tags(repository)
+        if client.referrers_api is False and tags is not None:
             prefix = digest_tag(subject)
-            if tags is not None and not any(tag == prefix or tag.startswith(f"{prefix}.") for tag in tags):
+            if not any(tag == prefix or tag.startswith(f"{prefix}.") for tag in tags):
                 return set()
-        return {item.digest for item in list_referrers(client, repository, subject)}
+        return {item.digest for item in list_referrers(client, repository, subject, tags=tags)}
 
     @staticmethod
     def _tagged(client: RegistryClient, repository: str, tag: str) -> Manifest | None:
