@@ -561,14 +561,15 @@ def main() -> int:
         os.environ["DOCKER_CONFIG"] = folder
         ours = Ours(Path(folder))
         for tls in sorted({case.tls for case in chosen}):
-            run_site(Path(folder), tls, [case for case in chosen if case.tls == tls], names, ours, options, results)
+            run_site(Path(folder), tls, chosen, names, ours, options, results)
     report(results, chosen, options)
     return 0
 
 
 def run_site(
-    folder: Path, tls: bool, chosen: list[Case], names: t.Sequence[str], ours: Ours, options: argparse.Namespace, results: Results
+    folder: Path, tls: bool, everything: list[Case], names: t.Sequence[str], ours: Ours, options: argparse.Namespace, results: Results
 ) -> None:
+    chosen = [case for case in everything if case.tls == tls]
     work = folder / ("tls" if tls else "plain")
     work.mkdir()
     registries: list[Registry] = []
@@ -592,23 +593,30 @@ def run_site(
             say(f"{case.name}: {case.what}")
             usual = other.get(case.name, options.runs)
             run_case(site, case, tools, {name: min(usual, options.docker_runs) if name == "docker" else usual for name in TOOLS}, results)
+            # A run takes long; one that is ended early leaves the cases that are done.
+            write(results, everything, options.output)
     finally:
         for registry in registries:
             registry.stop()
         shutil.rmtree(work, ignore_errors=True)
 
 
-def report(results: Results, chosen: t.Sequence[Case], options: argparse.Namespace) -> None:
+def write(results: Results, chosen: t.Sequence[Case], output: Path) -> str:
+    """Write what is known so far; returns the table."""
     order = {name: place for place, name in enumerate(TOOLS)}
     by_case = {case.name: place for place, case in enumerate(chosen)}
     results.runs = dict(sorted(results.runs.items(), key=lambda item: (by_case[item[0][0]], order[item[0][1]])))
-    options.output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     rows = results.rows()
-    (options.output / "images.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (options.output / "images.svg").write_text(plot(rows, (OURS, OURS_TAG, PLAYBOOK), "image_promote beside other tools"))
+    (output / "images.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (output / "images.svg").write_text(plot(rows, (OURS, OURS_TAG, PLAYBOOK), "image_promote beside other tools"))
     text = table(results, chosen)
-    (options.output / "images.md").write_text(text + "\n")
-    say(f"\n{text}\n")
+    (output / "images.md").write_text(text + "\n")
+    return text
+
+
+def report(results: Results, chosen: t.Sequence[Case], options: argparse.Namespace) -> None:
+    say(f"\n{write(results, chosen, options.output)}\n")
     say(f"{os.cpu_count()} processors; registry: {_version('docker-registry', '--version')}; {sys.version.split()[0]} runs the bench.")
     say(f"load of the machine at the end: {os.getloadavg()[0]:.1f}; processor s are the tool's own, without the registries and the engine.")
     say(f"{PLAYBOOK} is the whole command around one task; docker's memory is that of its client.")
