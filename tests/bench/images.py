@@ -126,15 +126,25 @@ def _link_tree(source: Path, target: Path) -> None:
 def cases() -> list[Case]:
     most = tuple(tool for tool in TOOLS if tool != OURS_TAG)
     no_engine = tuple(tool for tool in most if tool != "docker")
+    inside: dict[str, t.Any] = {"one_registry": True, "counted": True}
     together = tuple(tool for tool in TOOLS if tool != "docker")
     return [
         Case("cold-small", "300 MB in 8 layers, nothing there", "image", empty, tools=most),
         Case("cold-small-tls", "the same over TLS", "image", empty, tools=no_engine, tls=True),
         Case("cold-large", "2 GB in 20 layers, nothing there", "large", empty, source="bench/large", tools=most),
         Case("nine-tenths", "2 GB, 18 of 20 layers there", "large", most_of_it, source="bench/large", tools=no_engine),
-        Case("mount", "300 MB into another repository of the registry", "image", not_mounted, destination="bench/mounted", one_registry=True, counted=True),
-        Case("mount-small", "1 MB in 2 layers into another repository", "tags", not_mounted, source="bench/tags", source_tag="sha-000", destination="bench/mounted", one_registry=True, counted=True),
-        Case("re-tag", "300 MB, another tag in its repository", "image", not_tagged, destination="bench/image", tag="production", one_registry=True, counted=True),
+        Case("mount", "300 MB into another repository of the registry", "image", not_mounted, destination="bench/mounted", **inside),
+        Case(
+            "mount-small",
+            "1 MB in 2 layers into another repository",
+            "tags",
+            not_mounted,
+            source="bench/tags",
+            source_tag="sha-000",
+            destination="bench/mounted",
+            **inside,
+        ),
+        Case("re-tag", "300 MB, another tag in its repository", "image", not_tagged, destination="bench/image", tag="production", **inside),
         Case("nothing", "300 MB, all there already", "image", all_of_it("image"), counted=True),
         Case("tags-cold", f"{TAGS} tags of one repository in one task", "tags", empty, source="bench/tags", tools=together, many=True),
         Case("tags-nothing", f"{TAGS} tags, all there already", "tags", all_of_it("tags"), source="bench/tags", tools=together, many=True),
@@ -362,7 +372,8 @@ def _skopeo(program: str) -> t.Callable[[Site, Case, str, str], list[str]]:
             parent = destination_of(case, "skopeo").rpartition("/")[0]
             if case.name == "tags-cold":
                 return [*head, "sync", *flags, "--src", "docker", "--dest", "docker", f"{a}/{case.source}", f"{b}/{parent}"]
-            script = f'set -e; for tag; do {shlex.join([*head, "copy", "-q", *flags])} "docker://{a}/{case.source}:$tag" "docker://{b}/{case.destination}:$tag"; done'
+            copy = shlex.join([*head, "copy", "-q", *flags])
+            script = f'set -e; for tag; do {copy} "docker://{a}/{case.source}:$tag" "docker://{b}/{case.destination}:$tag"; done'
             return ["sh", "-c", script, "sh", *(tag for tag, _image in site.tags)]
         return [*head, "copy", *flags, *(f"docker://{end}" for end in ends(case, site, a, b))]
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -147,8 +148,6 @@ def _pump(source: socket.socket, sink: socket.socket, watch: t.Callable[[bytes],
 
 def plot(rows: t.Sequence[t.Mapping[str, t.Any]], ours: t.Container[str], title: str) -> str:
     """An SVG with a bar for each row that has a ratio, on a logarithmic scale, by case."""
-    import math
-
     rows = [row for row in rows if row["ratio_to_fastest_peer"]]
     left, width, height, top = 330, 560, 16, 64
     ratios = [row["ratio_to_fastest_peer"] for row in rows] or [1.0]
