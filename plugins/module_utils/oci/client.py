@@ -154,6 +154,13 @@ class RegistryClient:
             response = self.request("PUT", path, [push_scope(repository)], headers, manifest.body)
             if response.status in (200, 201, 202):
                 break
+            if response.status == 415:
+                raise DeliveryError(
+                    tried,
+                    f"{self.registry} does not take manifests of the type {manifest.media_type} ({answer_of(response)})",
+                    "Let it take Docker's types (zot: compat docker2s2), or build the image with OCI types.",
+                    "config",
+                )
             # A blob's link is empty for a moment while another promotion writes it again: not known, and there the next time.
             believed = b"BLOB_UNKNOWN" not in response.body or not self._complete(repository, manifest)
             delay = None if believed else self.transport.policy.delay(attempt)

@@ -232,6 +232,9 @@ def test_a_registry_that_changes_manifests_is_found_out(server: Server) -> None:
     server.script = [(201, {"Docker-Content-Digest": "sha256:" + "c" * 64}, b"")]
     with pytest.raises(DeliveryError, match="the registry made sha256:c"):
         client(server).put_manifest("a", found)
+    server.script = [(415, {}, b'{"errors":[{"code":"MANIFEST_INVALID"}]}')]
+    with pytest.raises(DeliveryError, match=r"does not take manifests of the type application/vnd.oci.image.manifest.v1\+json"):
+        client(server).put_manifest("a", found)
 
 
 def test_pages_of_tags_are_followed(server: Server) -> None:
