@@ -54,7 +54,8 @@ options:
     default: 4
 notes:
   - Proxies are taken from the environment variables E(https_proxy), E(http_proxy), E(all_proxy) and E(no_proxy),
-    which takes names, C(.suffixes), addresses and networks like C(10.0.0.0/8), each with an optional port. Addresses of this machine are never asked through a proxy.
+    which takes names, C(.suffixes), addresses and networks like C(10.0.0.0/8), each with an optional port.
+    Addresses of this machine are never asked through a proxy.
 """
 
     # Credentials for the one registry that is meant; goes with `registry.connection`.

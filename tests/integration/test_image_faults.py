@@ -14,6 +14,7 @@ import sys
 import threading
 import typing as t
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from registry_fixture import PROGRAMS, Registry, both_versions, registries  # noqa: F401 # pylint: disable=unused-import
@@ -36,7 +37,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests im
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import attach
 
 SIZE = 4_000_000
-COLLECTIONS = errors.__file__.split("/ansible_collections/")[0]
+COLLECTIONS = Path(errors.__file__).absolute().parents[5]
 Call = t.Callable[..., Result]
 
 
@@ -236,8 +237,14 @@ with patch_module_args(json.load(sys.stdin)):
 
 
 def start_process() -> subprocess.Popen[str]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen([sys.executable, "-c", MAIN], env={**os.environ, "PYTHONPATH": COLLECTIONS}, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN],
+        env={**os.environ, "PYTHONPATH": str(COLLECTIONS)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def promote_in_a_process(parameters: dict[str, t.Any]) -> tuple[int, Result]:

@@ -294,8 +294,7 @@ class _Promotion:
             return self.source.resolve(self.wish.source), present
         source = self.source.resolve
         found, *present = self.workers.map(_ask, [lambda: source(self.wish.source), *asks])
-        assert found is not None  # resolve refuses what is not there
-        return found, present
+        return t.cast(Manifest, found), present  # resolve refuses what is not there
 
     def _believed(self, digest: str, present: t.Sequence[Manifest | None]) -> bool:
         """Whether tags that name ``digest`` are enough to know that nothing is to be done."""
@@ -505,7 +504,6 @@ class _Promotion:
                     "Somebody else writes this tag, or the registry does not keep what it accepts.",
                     "transport",
                 )
-
 
     def _read_back(self, version: str) -> Manifest | None:
         """What ``version`` names now. A tag that another promotion writes at this moment may name nothing for an instant."""
