@@ -568,9 +568,10 @@ def main() -> int:
     base = options.work or (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
     os.environ.pop("http_proxy", None)
     results = Results()
-    with tempfile.TemporaryDirectory(prefix="bench-images-", dir=base) as folder:
+    # Nothing that is memory may be executed in a container, and the way to pack a module starts a program.
+    with tempfile.TemporaryDirectory(prefix="bench-images-", dir=base) as folder, tempfile.TemporaryDirectory() as programs:
         os.environ["DOCKER_CONFIG"] = folder
-        ours = Ours(Path(folder))
+        ours = Ours(Path(programs))
         for tls in sorted({case.tls for case in chosen}):
             run_site(Path(folder), tls, chosen, names, ours, options, results)
     report(results, chosen, options)
