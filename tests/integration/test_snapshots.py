@@ -229,12 +229,21 @@ class Site:
         subprocess.run(["docker", "volume", "rm", "-f", *self.volumes], check=False, capture_output=True)
 
 
+#: A new repository of each engine; a copy of it costs less than the next new one.
+_EMPTY: dict[str, Path] = {}
+
+
 def make_site(tmp_path: Path, kind: str, image: str, request: pytest.FixtureRequest) -> Site:
     if not shutil.which(kind):
         pytest.skip(f"MISSING PROGRAM {kind}: the {kind} engine is not tested here")
     site = Site(tmp_path, kind, image, f"{PREFIX}-{kind}-{abs(hash(request.node.name)) % 100000}")
     request.addfinalizer(site.remove)
-    site.call("repository", state="present")
+    if kind not in _EMPTY:
+        site.call("repository", state="present")
+        _EMPTY[kind] = Path(shutil.copytree(site.root / "repository", tmp_path.parent / f"empty-{kind}"))
+    else:
+        shutil.copytree(_EMPTY[kind], site.root / "repository")
+        site.call("repository", state="connected")
     return site
 
 
