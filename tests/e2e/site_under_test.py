@@ -275,7 +275,7 @@ class Site:
             "edge_config_dir": str(environment.edge_dir),
             "edge_bind_http": [f"127.0.0.1:{environment.port}"],
             "edge_service_manager": "process",
-            "snapshots_engine": os.environ.get("DELIVERY_SNAPSHOTS_ENGINE", "auto"),
+            "snapshots_engine": os.environ.get("DELIVERY_SNAPSHOTS_ENGINE", "restic"),
             "snapshots_repository": str(self.folder / f"snapshots-{environment.name}"),
             "snapshots_password": "snapshots-are-not-secret-here",
         }
