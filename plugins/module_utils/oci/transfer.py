@@ -485,8 +485,8 @@ class _Promotion:
         for tag, before in self.outcome.tags_before.items():
             if before == self.root.digest:
                 continue
-            if self.rules.immutable(tag) and self.outcome.bytes_copied:
-                # Somebody may have written it while the bytes were on their way.
+            if self.rules.immutable(tag) and (self.rules.verify != "tag" or self.outcome.bytes_copied):
+                # Somebody may have written it since the plan.
                 present = self.destination.manifest(self.target_repo, tag)
                 if present and present.digest != self.root.digest:
                     self._refuse_to_move(tag, present.digest)
