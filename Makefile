@@ -13,10 +13,10 @@ DEMO_PRODUCTION_PORT ?= 18080
 export DEMO_DIR DELIVERY_CACHE DEMO_NAME DEMO_REGISTRY_PORT DEMO_STAGING_PORT DEMO_PRODUCTION_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test lint bench-images build clean
+.PHONY: help demo demo-down test test-hosts test-systemd lint soak bench-images bench-rollout build clean
 
 help: ## what there is
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: ## set this machine up and walk a small product through four releases, under load
 	@scripts/bootstrap.sh demo
@@ -30,14 +30,30 @@ test: ## set this machine up and run every gate
 	@scripts/bootstrap.sh test
 	@tests/run.sh
 
+test-hosts: ## releases over three hosts, reached over SSH; not part of `make test`
+	@scripts/bootstrap.sh test
+	@tests/run.sh hosts
+
+test-systemd: ## the registry role on a host that systemd runs; no part of test
+	@scripts/bootstrap.sh test
+	@tests/run.sh systemd
+
 lint: ## the quick gates alone
 	@scripts/bootstrap.sh test
 	@tests/run.sh lint ansible-lint
+
+soak: ## rollouts with random faults, one after the other: SOAK_ROLLOUTS=200 SOAK_SEED=1
+	@scripts/bootstrap.sh test
+	@tests/run.sh soak
 
 bench-images: ## image_promote beside crane, regctl, skopeo and docker; BENCH="--runs 3" and more: tests/bench/images.py --help
 	@scripts/bootstrap.sh test
 	@tests/bench/peers.sh
 	@$(PYTHON) -B tests/bench/images.py $(BENCH)
+
+bench-rollout: ## a rollout beside Kamal, docker-rollout, Swarm, Compose and a script, under load; BENCH="--runs 1 --only late": tests/bench/rollout.py --help
+	@scripts/bootstrap.sh test
+	@$(PYTHON) -B tests/bench/rollout.py $(BENCH)
 
 build: ## the collection's tarball, in .cache/dist
 	@scripts/bootstrap.sh demo

@@ -104,6 +104,7 @@ def talk(tally: Tally, stop: threading.Event, options: argparse.Namespace, numbe
     where = urllib.parse.urlsplit(options.url)
     connection = http.client.HTTPConnection(where.hostname or "", where.port or 80, timeout=options.timeout)
     pause = options.connections / options.rate
+    named = {"Host": options.host} if options.host else {}
     order = json.dumps({"customer": f"customer-{number}", "item": run, "quantity": 1 + number, "unit_cents": 250}).encode()
     due = time.monotonic() + pause * number / options.connections
     count = number
@@ -115,9 +116,9 @@ def talk(tally: Tally, stop: threading.Event, options: argparse.Namespace, numbe
         begun = time.monotonic()
         try:
             if writes:
-                connection.request("POST", "/orders", body=order, headers={"Content-Type": "application/json"})
+                connection.request("POST", "/orders", body=order, headers={"Content-Type": "application/json", **named})
             else:
-                connection.request("GET", READS[count % len(READS)])
+                connection.request("GET", READS[count % len(READS)], headers=named)
             answer = connection.getresponse()
             answer.read()
             tally.answered(answer.status, answer.headers.get("X-Version", ""), time.monotonic() - begun, writes)
@@ -130,6 +131,7 @@ def talk(tally: Tally, stop: threading.Event, options: argparse.Namespace, numbe
 def main() -> int:
     parser = argparse.ArgumentParser(description="Send requests at a steady rate and count the lost ones.")
     parser.add_argument("--url", required=True)
+    parser.add_argument("--host", help="name to ask for, where it is not that of the URL")
     parser.add_argument("--out", required=True, help="file for the result")
     parser.add_argument("--rate", type=float, default=150.0, help="requests a second, all connections together")
     parser.add_argument("--connections", type=int, default=8)

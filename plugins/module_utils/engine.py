@@ -10,8 +10,11 @@ Paths carry no API version: engines drop old ones, and the fields read here have
 
 from __future__ import annotations
 
+import codecs
+import datetime
 import http.client
 import json
+import re
 import socket
 import struct
 import time
@@ -21,6 +24,9 @@ from urllib.parse import quote, urlencode
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 
 DEFAULT_SOCKET = "/var/run/docker.sock"
+
+#: Bytes kept of what a program in a container says.
+OUTPUT_LIMIT = 16 * 1024 * 1024
 
 PROJECT_LABEL = "com.docker.compose.project"
 SERVICE_LABEL = "com.docker.compose.service"
@@ -97,8 +103,14 @@ class Engine:
         """Start it; ``False`` when it already ran."""
         return self._change(container, "start", "Starting")
 
-    def stop(self, container: str, timeout: float = 10) -> bool:
-        """SIGTERM (or the image's stop signal), SIGKILL after ``timeout`` seconds; ``False`` when it did not run."""
+    def stop(self, container: str, timeout: float | None = None, otherwise: float = 10) -> bool:
+        """SIGTERM (or its stop signal), SIGKILL after ``timeout`` seconds; ``False`` when it did not run.
+
+        Without ``timeout`` the container's own counts (Compose: ``stop_grace_period``), where it has one, or ``otherwise``.
+        """
+        if timeout is None:
+            own = self.inspect(container)["Config"].get("StopTimeout")
+            timeout = otherwise if own is None else own
         return self._change(container, "stop", "Stopping", {"t": str(int(timeout))}, extra=timeout + 30)
 
     def kill(self, container: str, signal: str = "SIGKILL") -> bool:
@@ -164,6 +176,20 @@ class Engine:
         # A container with a terminal has one plain stream, others are framed; the frame header tells which.
         lines = _text(raw).splitlines()
         return "\n".join(lines[-tail:])
+
+    def follow(self, container: str, since: str = "", tty: bool = False) -> LogStream:
+        """Its log after ``since`` (a time as the engine writes it; '': all of it), and on as it is written. ``tty``: its ``Config.Tty``."""
+        query = {"stdout": "1", "stderr": "1", "follow": "1", "since": f"{max(moment(since), 0):.6f}" if since else "0"}
+        tried = f"Reading the log of container {short_id(container)}"
+        connection = _UnixConnection(self.socket, self.timeout)
+        try:
+            connection.connect()
+            # In HTTP/1.0 the answer is the log as it is, without chunks, until somebody closes.
+            connection.sock.sendall(f"GET /containers/{quote(container)}/logs?{urlencode(query)} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+        except OSError as exc:
+            connection.close()
+            raise self._silent(tried, str(exc) or type(exc).__name__) from exc
+        return LogStream(connection.sock, tried, tty)
 
     def exec(self, container: str, argv: t.Sequence[str], timeout: float | None = None) -> tuple[int, str]:
         """Run ``argv`` in the container; exit code and output (both streams). ``TimeoutError`` after ``timeout`` seconds.
@@ -308,6 +334,63 @@ class Engine:
         )
 
 
+class LogStream:
+    """A log that is being followed. Not for several threads at once."""
+
+    def __init__(self, sock: socket.socket, tried: str, tty: bool) -> None:
+        self._sock = sock
+        self._tried = tried
+        self._tty = tty
+        self._head: bytes | None = b""
+        self._pending = b""
+        # A frame can cut a character in two; each of the two streams goes on with its own.
+        self._decoders: dict[int, codecs.IncrementalDecoder] = {}
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def read(self) -> str | None:
+        """What is new, without waiting; ``None``: nothing yet; '': it has ended. ``EngineError`` when the engine refuses."""
+        self._sock.setblocking(False)
+        while True:
+            try:
+                chunk = self._sock.recv(65536)
+            except BlockingIOError:
+                return None
+            except OSError:  # the engine is gone, and with it the log
+                return ""
+            ended = not chunk
+            if self._head is not None:
+                chunk = self._behind_head(chunk, ended)
+            text = self._decoded(chunk)
+            if text or ended:
+                return text
+
+    def _behind_head(self, chunk: bytes, ended: bool) -> bytes:
+        head, found, rest = ((self._head or b"") + chunk).partition(b"\r\n\r\n")
+        status = int(head.split()[1]) if found else 0
+        if status >= 400 and ended:
+            raise (EngineNotFound if status == 404 else EngineError)(self._tried, status, _reason(rest))
+        self._head = None if 0 < status < 400 else (self._head or b"") + chunk
+        return rest if self._head is None else b""
+
+    def _decoded(self, chunk: bytes) -> str:
+        if self._tty:
+            return self._decode(0, chunk)
+        raw, position, parts = self._pending + chunk, 0, []
+        while position + 8 <= len(raw):
+            (length,) = struct.unpack_from(">I", raw, position + 4)
+            if position + 8 + length > len(raw):
+                break
+            parts.append(self._decode(raw[position], raw[position + 8 : position + 8 + length]))
+            position += 8 + length
+        self._pending = raw[position:]
+        return "".join(parts)
+
+    def _decode(self, stream: int, data: bytes) -> str:
+        return self._decoders.setdefault(stream, codecs.getincrementaldecoder("utf-8")("replace")).decode(data)
+
+
 class _TimedOut(Exception):
     """The caller's own time bound passed."""
 
@@ -327,7 +410,8 @@ def _read_within(connection: http.client.HTTPConnection, bound: float) -> tuple[
         chunk = response.read1(65536)
         if not chunk:
             return response, bytes(payload)
-        payload += chunk
+        if len(payload) < OUTPUT_LIMIT:  # what it says beyond is heard, and not kept
+            payload += chunk
 
 
 def _reason(payload: bytes) -> str:
@@ -347,6 +431,12 @@ def _text(raw: bytes) -> str:
         parts.append(raw[position + 8 : position + 8 + length])
         position += 8 + length
     return b"".join(parts).decode("utf-8", "replace")
+
+
+def moment(text: str) -> float:
+    """Seconds since 1970 of the engine's times, which have nanoseconds."""
+    whole, fraction, zone = re.fullmatch(r"([^.Z+]+?)(\.\d+)?(Z|[+-]\d\d:\d\d)", text).groups()  # type: ignore[union-attr]
+    return datetime.datetime.fromisoformat(whole + ("+00:00" if zone == "Z" else zone)).timestamp() + float(fraction or 0)
 
 
 def short_id(container: str) -> str:

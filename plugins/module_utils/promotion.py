@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import typing as t
 from dataclasses import dataclass, field
 
@@ -16,12 +17,18 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.releases import 
 
 @dataclass(frozen=True)
 class Site:
-    """Where and how an environment runs its apps; what the inventory says beside the app."""
+    """Where and how an environment runs its apps; what the inventory says beside the app.
+
+    ``hosts`` in the inventory's order; ``serial`` and ``canary`` as in ``host_batches``.
+    """
 
     deploy_dir: str
     edge: t.Mapping[str, t.Any]
     docker_socket: str = "/var/run/docker.sock"
     min_free_mb: int = 512
+    hosts: t.Sequence[str] = ()
+    serial: t.Any = 1
+    canary: t.Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,10 @@ class Wish:
 
 @dataclass(frozen=True)
 class PlannedRelease:
-    """``plan`` is kept in ``release.json``, ``files`` in the release folder, ``rollout`` is what ``compose_rollout`` takes."""
+    """``plan`` is kept in ``release.json``, ``files`` in the release folder, ``rollout`` is what ``compose_rollout`` takes.
+
+    ``batches``: the hosts that are rolled side by side, batch after batch.
+    """
 
     release_id: str
     snapshot_id: str
@@ -48,17 +58,53 @@ class PlannedRelease:
     rollout: dict[str, t.Any]
     copies: list[dict[str, str]]
     lines: list[str] = field(default_factory=list)
+    batches: list[list[str]] = field(default_factory=list)
 
 
-def gate_findings(app: App, digests: t.Mapping[str, str], records: t.Mapping[str, t.Sequence[t.Mapping[str, t.Any]]]) -> list[str]:
+def host_batches(hosts: t.Sequence[str], serial: t.Any = 1, canary: t.Sequence[str] = ()) -> list[list[str]]:
+    """Sort ``hosts`` into batches; each host is in exactly one.
+
+    ``canary`` hosts come first, one at a time; those that are not in ``hosts`` count for nothing. ``serial`` sizes the batches of the
+    others as Ansible's keyword does: a number, ``"50%"`` of all hosts (at least one), or a list of these, whose last goes on to the end.
+    """
+    sizes = [_batch_size(one, len(hosts)) for one in (serial if isinstance(serial, (list, tuple)) else [serial])]
+    if not sizes:
+        raise _no_serial(serial)
+    first = [name for name in dict.fromkeys(canary) if name in hosts]
+    rest = [name for name in hosts if name not in first]
+    batches = [[name] for name in first]
+    while rest:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        batches.append(rest[:size])
+        rest = rest[size:]
+    return batches
+
+
+def _batch_size(given: t.Any, hosts: int) -> int:
+    match = re.fullmatch(r"(\d+)(%?)", str(given).strip())
+    number = int(match.group(1)) if match and not isinstance(given, bool) else 0
+    if match is None or number < 1:
+        raise _no_serial(given)
+    return max(1, hosts * number // 100) if match.group(2) else number
+
+
+def _no_serial(given: t.Any) -> DeliveryError:
+    remedy = "Use a number from 1 on, a share such as '50%', or a list of them."
+    return DeliveryError("Reading delivery_serial", f"{given!r} is no size of a batch", remedy)
+
+
+def gate_findings(
+    app: App, digests: t.Mapping[str, str], records: t.Mapping[str, t.Sequence[t.Mapping[str, t.Any]]], signed: bool = False
+) -> list[str]:
     """Why the gates of ``app.policies`` do not hold, one line a digest and gate; empty when they do.
 
-    ``digests``: image name to digest. ``records``: ``repository@digest`` to what the registry knows of it.
+    ``digests``: image name to digest. ``records``: ``repository@digest`` to what the registry knows of it; ``signed`` as in
+    ``gate_passed``.
     """
     findings = []
     for gate in app.policies.gates:
         for name, digest in digests.items():
-            passed, why = gate_passed(records.get(f"{app.images[name].source}@{digest}", ()), gate, digest)
+            passed, why = gate_passed(records.get(f"{app.images[name].source}@{digest}", ()), gate, digest, signed)
             if not passed:
                 findings.append(f"{name}: {why}")
     return findings
@@ -85,6 +131,9 @@ def plan_release(
     # A rollback names the migrator too, so that it is not taken for a dependency, but does not run it.
     migrator = {**app.rollout["migrator"], "run": not rollback} if app.migrator else None
     migrates = migrator is not None and not rollback
+    hold = bool(wish.snapshot) or (migrations == "breaking" and migrates)
+    # The host has no key to the snapshots: where data goes back with the images, only a controller can.
+    alone = not hold and not (migrates and restore == "always")
     services = {name: image for name, image in app.service_images.items() if not rollback or name in app.services}
     rollout = {
         **app.rollout,
@@ -98,7 +147,9 @@ def plan_release(
         "images": {service: references[image] for service, image in services.items()},
         "volumes": app.volumes or [],
         "edge": dict(site.edge),
-        "hold": bool(wish.snapshot) or (migrations == "breaking" and migrates),
+        "hold": hold,
+        "confirm_within": app.policies.confirm_within if alone else 0,
+        "bake": app.policies.bake,
         "docker_socket": site.docker_socket,
         "docker_config": f"{site.deploy_dir}/.docker",
         "min_free_mb": site.min_free_mb,
@@ -117,6 +168,7 @@ def plan_release(
         "restores": wish.snapshot,
     }
     short = tag[4:] if tag.startswith("sha-") else tag
+    batches = host_batches(site.hosts, site.serial, site.canary)
     return PlannedRelease(
         release_id=release_id,
         snapshot_id=f"pre-{'rollback' if rollback else 'promotion'}-{short}-{release_id[:15]}",
@@ -129,7 +181,8 @@ def plan_release(
             for name, image in app.images.items()
             if image.source != image.repository
         ],
-        lines=_lines(app, tag, digests, release_id, wish, restore, migrations),
+        lines=[*_lines(app, tag, digests, release_id, wish, restore, migrations, alone), *_host_lines(batches, site.canary)],
+        batches=batches,
     )
 
 
@@ -140,7 +193,9 @@ def deploy_env(app: App, references: t.Mapping[str, str], tag: str, release_id: 
     return "".join(f"{key}={value}\n" for key, value in values.items())
 
 
-def _lines(app: App, tag: str, digests: t.Mapping[str, str], release_id: str, wish: Wish, restore: str, migrations: str) -> list[str]:
+def _lines(
+    app: App, tag: str, digests: t.Mapping[str, str], release_id: str, wish: Wish, restore: str, migrations: str, alone: bool
+) -> list[str]:
     verb = "roll back" if wish.kind == "rollback" else "promote"
     width = max(len(name) for name in digests)
     lines = [f"{verb} {app.name} to {tag} in {app.environment}   release {release_id}"]
@@ -148,6 +203,19 @@ def _lines(app: App, tag: str, digests: t.Mapping[str, str], release_id: str, wi
     if app.migrator and wish.kind == "promote":
         held = "writes are held from before the snapshot until the commit" if migrations == "breaking" else "the old release must run on it"
         lines.append(f"  migration {migrations}: {held}; data goes back: {restore}")
+    if app.policies.confirm_within and alone:
+        lines.append(f"  not confirmed within {app.policies.confirm_within} s of the last word, the host goes back by itself")
+    elif app.policies.confirm_within:
+        lines.append("  policies.confirm_within does not hold: data would have to go back too, which takes a controller")
+    if app.policies.bake:
+        lines.append(f"  watched for {app.policies.bake['seconds']:g} s after the last switch, before it is committed")
     if wish.override_gates:
         lines.append(f"  gates overridden: {wish.override_gates}")
     return lines
+
+
+def _host_lines(batches: t.Sequence[t.Sequence[str]], canary: t.Sequence[str]) -> list[str]:
+    if sum(map(len, batches)) < 2:
+        return []
+    shown = [" + ".join(f"{name} (canary)" if name in canary else name for name in batch) for batch in batches]
+    return [f"  hosts: {', then '.join(shown)}"]

@@ -42,9 +42,11 @@ STEPS = (
     "snapshotted",
     "dependencies",
     "held",
+    "hosts",
     "migrated",
     "rolling",
     "verifying",
+    "baking",
     "committed",
 )
 UNDO_STEPS = ("reverting", "restoring")
@@ -53,7 +55,7 @@ EVENTS = ("begin", "end", "fail", "note")
 KINDS = ("promote", "rollback")
 
 #: Once one of these has begun, there is something to undo.
-CHANGING_STEPS = frozenset(("dependencies", "held", "migrated", "rolling"))
+CHANGING_STEPS = frozenset(("dependencies", "held", "hosts", "migrated", "rolling"))
 
 RELEASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
@@ -182,7 +184,8 @@ class ReleaseState:
 
     ``status`` is ``open`` or one of ``ENDS``; ``phase`` the last step that ended; ``current`` what had begun without an end.
     ``services`` maps each service whose roll began, in that order, to ``rolling``, ``rolled``, ``failed``, ``reverting`` or
-    ``reverted``. ``durations`` are seconds per finished or failed step (the services of ``rolling`` added up).
+    ``reverted``. ``durations`` are seconds per finished or failed step, what ran side by side counted once;
+    ``service_durations`` those of each service of ``rolling``.
     ``changed``: something that needs undo began. ``migrated``: the migrator began. ``serving_new``: a routed service may have
     been switched (a ``rolling`` entry counts unless its data says ``routed: false``) and was not taken back.
     ``commit_begun``: the release was verified, so that it has to be finished, not undone.
@@ -225,6 +228,7 @@ def fold(entries: t.Iterable[t.Mapping[str, t.Any]]) -> ReleaseState:
     """Read a journal from its first line to its last."""
     state = ReleaseState()
     begun: dict[tuple[str, str | None], str] = {}
+    worked_since: dict[str, str] = {}
     switched: set[str | None] = set()
     for entry in entries:
         step, event, service = entry["step"], entry["event"], entry.get("service")
@@ -232,6 +236,8 @@ def fold(entries: t.Iterable[t.Mapping[str, t.Any]]) -> ReleaseState:
         key = (step, service)
         if event == "begin":
             begun.pop(key, None)
+            if not any(open_step == step for open_step, dummy in begun):
+                worked_since[step] = entry["time"]
             begun[key] = entry["time"]
             state.changed |= step in CHANGING_STEPS
             state.migrated |= step == "migrated"
@@ -239,10 +245,11 @@ def fold(entries: t.Iterable[t.Mapping[str, t.Any]]) -> ReleaseState:
         elif event in ("end", "fail"):
             since = begun.pop(key, None)
             if since is not None:
-                seconds = max(0.0, (parse_time(entry["time"]) - parse_time(since)).total_seconds())
-                state.durations[step] = round(state.durations.get(step, 0.0) + seconds, 3)
+                # A step's services may be within its own begin and end, or run side by side: its time is counted once.
+                if not any(open_step == step for open_step, dummy in begun):
+                    _add_seconds(state.durations, step, worked_since[step], entry["time"])
                 if step == "rolling" and service is not None:
-                    state.service_durations[service] = round(state.service_durations.get(service, 0.0) + seconds, 3)
+                    _add_seconds(state.service_durations, service, since, entry["time"])
             if event == "fail":
                 state.failed = dict(entry)
             else:
@@ -263,6 +270,11 @@ def fold(entries: t.Iterable[t.Mapping[str, t.Any]]) -> ReleaseState:
         (step, service), since = list(begun.items())[-1]
         state.current = OpenStep(step, service, since)
     return state
+
+
+def _add_seconds(durations: dict[str, float], name: str, since: str, until: str) -> None:
+    seconds = max(0.0, (parse_time(until) - parse_time(since)).total_seconds())
+    durations[name] = round(durations.get(name, 0.0) + seconds, 3)
 
 
 def _fold_service(services: dict[str, str], service: str, step: str, event: str) -> None:
@@ -685,6 +697,27 @@ def create_release(
     return path
 
 
+def lay_out(deploy_dir: str, release_id: str, files: t.Iterable[t.Mapping[str, t.Any]]) -> bool:
+    """The release folder on a host that is not the coordinator: its files, no ``release.json``. Says whether anything changed."""
+    path = release_path(deploy_dir, release_id)
+    made = not os.path.isdir(path)
+    os.makedirs(path, 0o750, exist_ok=True)
+    return bool(write_files(path, files)) or made
+
+
+def adopt(deploy_dir: str, release_id: str, keep: int) -> tuple[bool, list[str], list[str]]:
+    """The commit on a host that is not the coordinator: ``current`` moves, and all but the ``keep`` newest folders go.
+
+    Returns whether ``current`` moved, the ids removed, and warnings. Nothing is gone back to from these folders: what a rollback needs is
+    on the coordinator.
+    """
+    moved = current_id(deploy_dir) != release_id
+    if moved:
+        point_symlink(os.path.join(deploy_dir, "current"), os.path.join("releases", release_id))
+    old = [name for name in release_ids(deploy_dir)[max(keep, 1):] if name != release_id] if keep else []
+    return (moved, *_remove_releases(deploy_dir, old))
+
+
 def write_files(folder: str, files: t.Iterable[t.Mapping[str, t.Any]]) -> list[str]:
     """Write ``{name, content, mode}`` files into ``folder``, each atomically; return the names of those that changed."""
     changed = []
@@ -768,25 +801,51 @@ def open_release(deploy_dir: str) -> dict[str, t.Any] | None:
 def previous_committed(deploy_dir: str) -> dict[str, t.Any] | None:
     """The release a rollback without argument goes to: the committed one before the one that serves now.
 
-    After a rollback to A the way back leads before A, not to what was just left: the walk starts at the promotion that
-    first made the current tag run.
+    A rollback takes back what was promoted since: nobody is led to a release that was left for the one before it, neither right
+    after that nor after the next promotion.
     """
     current = current_release(deploy_dir)
     if current is None:
         return None
-    releases = list_releases(deploy_dir)
-    older = [r for r in releases if r["id"] < current["id"] and r["state"]["status"] == "committed"]
-    if current.get("kind") == "rollback":
-        first = next((r for r in older if r.get("kind") != "rollback" and r.get("tag") == current.get("tag")), None)
-        if first is not None:
-            older = [r for r in older if r["id"] < first["id"]]
-    return next((r for r in older if r.get("kind") != "rollback" and r.get("tag") != current.get("tag")), None)
+    found = [r for r in reversed(list_releases(deploy_dir)) if r["state"]["status"] == "committed" and r["id"] <= current["id"]]
+    way: list[dict[str, t.Any]] = []  # what a walk back comes through, the one that serves last
+    for release in found:
+        tag = release.get("tag")
+        if release.get("kind") == "rollback":
+            if any(one.get("tag") == tag for one in way):
+                while way[-1].get("tag") != tag:
+                    way.pop()
+                continue
+            if not any(r.get("tag") == tag and r.get("kind") != "rollback" and r["id"] < release["id"] for r in found):
+                way.clear()  # its promotion is older than what is kept here, so all of this came after it
+        if not way or way[-1].get("tag") != tag:
+            way.append(release)
+    return way[-2] if len(way) > 1 else None
+
+
+def owed_release(deploy_dir: str, hosts: t.Iterable[str]) -> dict[str, t.Any] | None:
+    """The newest release that was not taken back on one of ``hosts``, which was not reached; as in ``list_releases``, or ``None``."""
+    asked = set(hosts)
+    failed = (one for one in list_releases(deploy_dir) if one["state"]["status"] == "rollback_failed")
+    return next((one for one in failed if asked & set(one.get("owed") or ())), None)
+
+
+def owed_after(record: t.Mapping[str, t.Any], hosts: t.Iterable[str], lost: t.Iterable[str]) -> list[str]:
+    """Hosts that a release has yet to be taken back on, after it was on all of ``hosts`` but the ``lost``."""
+    return sorted((set(record.get("owed") or ()) - set(hosts)) | set(lost))
 
 
 def finish_release(
-    deploy_dir: str, release_id: str, run_id: str, end: str, failure: t.Mapping[str, t.Any] | None = None
+    deploy_dir: str,
+    release_id: str,
+    run_id: str,
+    end: str,
+    failure: t.Mapping[str, t.Any] | None = None,
+    owed: t.Sequence[str] = (),
 ) -> bool:
     """Give a release its end; ``False`` when it had that end already.
+
+    ``owed``: with ``rollback_failed``, the hosts that were not reached; the release is taken back there when they are.
 
     For ``committed`` a crash in between is finished by calling this again: the journal says that the commit began, so
     recovery goes forward. Order: begin, ``current``, ``release.json``, end.
@@ -796,7 +855,7 @@ def finish_release(
     journal = Journal(journal_path(deploy_dir, release_id), run_id)
     state = fold(journal.entries())
     if state.status == end:
-        return False
+        return bool(owed) and update_release(deploy_dir, release_id, owed=list(owed))
     if state.status in ("committed", "rolled_back", "aborted"):
         raise DeliveryError(
             f"Ending release {release_id} as {end}", f"it has ended as {state.status}", "An end is final; start a new release."
@@ -816,6 +875,10 @@ def finish_release(
         "durations": state.durations,
         "snapshot": state.snapshot or record.get("snapshot") or "",
     }
+    if owed or record.get("owed"):
+        fields["owed"] = list(owed)
+    if record.get("ended"):  # what was owed has been done, perhaps days later: it took no longer for that
+        fields.update(ended=record["ended"], seconds=record["seconds"])
     if run_id != record.get("run_id"):
         fields["ended_by"] = run_id
     if failure:
@@ -843,17 +906,20 @@ def prune_releases(deploy_dir: str, keep: int) -> tuple[list[str], list[str]]:
     releases = list_releases(deploy_dir)
     committed = [release["id"] for release in releases if release["state"]["status"] == "committed"]
     safe = {current_id(deploy_dir), (previous_committed(deploy_dir) or {}).get("id"), *committed[:keep], *_kept_by_sets(deploy_dir)}
+    doomed = (one for one in releases[max(keep, 1):] if one["id"] not in safe and one["state"]["status"] not in ("open", "frozen"))
+    return _remove_releases(deploy_dir, [release["id"] for release in doomed if not release.get("owed")])
+
+
+def _remove_releases(deploy_dir: str, ids: t.Iterable[str]) -> tuple[list[str], list[str]]:
     removed, warnings = [], []
-    for release in releases[max(keep, 1):]:
-        if release["id"] in safe or release["state"]["status"] in ("open", "frozen"):
-            continue
-        path = release_path(deploy_dir, release["id"])
+    for release_id in ids:
+        path = release_path(deploy_dir, release_id)
         # Renamed first: a crash in the middle of the removal leaves no half release.
-        doomed = os.path.join(os.path.dirname(path), f".new-removed-{release['id']}")
+        doomed = os.path.join(os.path.dirname(path), f".new-removed-{release_id}")
         try:
             os.rename(path, doomed)
             shutil.rmtree(doomed)
-            removed.append(release["id"])
+            removed.append(release_id)
         except OSError as error:
             warnings.append(f"the old release folder {path} could not be removed: {error}")
     return removed, warnings
@@ -863,16 +929,18 @@ def recovery_owed(unfinished: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
     """What is owed to a release without an end (as ``open_release`` gives it).
 
     ``id``, ``action`` (``finish`` its commit, ``undo`` its changes, ``abort``: there were none), ``phase``, ``state``, ``release``.
+    ``hosts``: where alone that is owed (see ``owed_release``), empty for everywhere.
     """
     state = unfinished["state"]
     action = "finish" if state["commit_begun"] else "undo" if state["changed"] else "abort"
     record = {key: value for key, value in unfinished.items() if key != "state"}
-    return {"id": unfinished["id"], "action": action, "phase": state["phase"], "state": state, "release": record}
+    hosts = list(record.get("owed") or ()) if not state["open"] else []
+    return {"id": unfinished["id"], "action": action, "phase": state["phase"], "state": state, "release": record, "hosts": hosts}
 
 
 # --- for people ---------------------------------------------------------------------------------------------------------
 
-_PHASES_SHOWN = ("pulled", "snapshotted", "migrated", "rolling", "verifying")
+_PHASES_SHOWN = ("pulled", "snapshotted", "migrated", "rolling", "verifying", "baking")
 
 
 def summarize(release: t.Mapping[str, t.Any], current: str | None = None) -> dict[str, t.Any]:
@@ -892,16 +960,20 @@ def summarize(release: t.Mapping[str, t.Any], current: str | None = None) -> dic
         "snapshot": state["snapshot"],
         "failure_class": release.get("failure_class") or "",
         "failure": release.get("failure") or "",
+        "owed": list(release.get("owed") or ()),
     }
 
 
 def table(summaries: t.Sequence[t.Mapping[str, t.Any]]) -> list[str]:
     """Lines for a terminal, one a release; the one that serves has a ``*``. Times are seconds, but ``when``, which is UTC."""
-    rows = [["release", "tag", "result", "when", "total", *_PHASES_SHOWN, "snapshot"]]
+    shown = [phase for phase in _PHASES_SHOWN if phase != "baking" or any(one["phases"].get(phase) for one in summaries)]
+    rows = [["release", "tag", "result", "when", "total", *shown, "snapshot"]]
     for one in summaries:
         result = f"{one['result']} ({one['failure_class']})" if one["failure_class"] else one["result"]
         if one["kind"] == "rollback":
             result += ", a rollback"
+        if one.get("owed"):
+            result += f", not taken back on {', '.join(one['owed'])}"
         rows.append(
             [
                 one["id"] + (" *" if one["current"] else ""),
@@ -909,11 +981,11 @@ def table(summaries: t.Sequence[t.Mapping[str, t.Any]]) -> list[str]:
                 result,
                 str(one["ended"] or one["started"] or "")[:19].replace("T", " "),
                 _seconds(one["seconds"]),
-                *(_seconds(one["phases"].get(phase)) for phase in _PHASES_SHOWN),
+                *(_seconds(one["phases"].get(phase)) for phase in shown),
                 one["snapshot"] or "-",
             ]
         )
-    numbers = range(4, 5 + len(_PHASES_SHOWN))
+    numbers = range(4, 5 + len(shown))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -938,6 +1010,8 @@ def sum_up(record: t.Mapping[str, t.Any], state: ReleaseState) -> list[str]:
         lines.append(f"  snapshot {state.snapshot}")
     if record.get("failure"):
         lines.append(f"  [{record.get('failure_class') or 'unknown'}] {record['failure']}")
+    if record.get("owed"):
+        lines.append(f"  not taken back, since not reached: {', '.join(record['owed'])}")
     return lines
 
 
@@ -960,10 +1034,13 @@ def _kept_by_sets(deploy_dir: str) -> set[str]:
 # --- evidence from the registry -----------------------------------------------------------------------------------------
 
 
-def gate_passed(records: t.Iterable[t.Mapping[str, t.Any]], environment: str, digest: str) -> tuple[bool, str]:
+def gate_passed(
+    records: t.Iterable[t.Mapping[str, t.Any]], environment: str, digest: str, signed: bool = False
+) -> tuple[bool, str]:
     """Whether ``digest`` was committed in ``environment`` and not taken back since; and why, in words.
 
-    ``records`` are those attached to the image. One that ended ``aborted`` counts for nothing: the image never ran.
+    ``records`` are those attached to the image. One that ended ``aborted`` counts for nothing: the image never ran. With ``signed`` only
+    those count that have a ``signer``.
     """
     about = [
         record
@@ -972,6 +1049,10 @@ def gate_passed(records: t.Iterable[t.Mapping[str, t.Any]], environment: str, di
     ]
     if not about:
         return False, f"{digest} has no record of {environment}: it was never committed there"
+    if signed:
+        about = [record for record in about if record.get("signer")]
+        if not about:
+            return False, f"{digest} has records of {environment}, but none of them was signed by a key of delivery_record_keys"
     newest = max(about, key=lambda record: str(record.get("created") or ""))
     when = newest.get("created") or "an unknown time"
     if newest.get("result") != "committed":

@@ -44,10 +44,11 @@ options:
       - V(reverted) puts back exactly what ran before O(release_id), and checks that it does.
       - V(quiesced) lets all requests wait at the edge and stops all containers of O(services), old and new, so that data can be restored.
         Dependencies go on running. V(reverted) starts the old containers again.
+      - V(confirmed) tells the host that the release stays, where O(confirm_within) was set; it fails when the host has gone back already.
       - V(finished) removes the old containers and lets held requests through, after the commit. What fails only warns.
       - V(synced) makes the upstreams at the edge the running containers again, as after a restart of edge or engine.
     type: str
-    choices: [applied, reverted, quiesced, finished, synced]
+    choices: [applied, reverted, quiesced, confirmed, finished, synced]
     default: applied
   project_dir:
     description: Deploy directory of the app, with C(releases/), C(current) and the env files.
@@ -86,9 +87,15 @@ options:
   services:
     description:
       - The services built with the app, in the order they are rolled unless O(order) says otherwise.
-      - Each is a map with the keys C(port), C(strategy) (C(auto), C(start_first), C(stop_first)), C(ready) (C(http), C(tcp) or C(command);
-        absent means healthy, or running where there is no health check), C(ready_timeout) (60), C(stable) (1), C(drain_timeout) (30),
-        C(stop_timeout) (10), C(single) (false). Times are seconds.
+      - Each is a map with the keys C(port), C(strategy) (C(auto), C(start_first), C(stop_first), C(blue_green), C(canary)), C(ready)
+        (C(http), C(tcp), C(grpc), C(command) or C(log); absent means healthy, or running where there is no health check),
+        C(ready_timeout) (60), C(stable) (1), C(drain_timeout) (30), C(stop_timeout) (the C(stop_grace_period) of the Compose file,
+        else 10), C(single) (false). Times are seconds.
+      - C(parallel), C(max_surge) and C(max_unavailable), numbers or percentages of the replicas, make batches of C(start_first) and
+        C(stop_first). C(smoke) is a program with its arguments that is run in a new container before it gets requests, for at most
+        C(smoke_timeout) (60). C(keep_old_for) is for how long C(blue_green) lets the old containers run after the commit.
+      - C(canary) is a map with C(steps), the shares of the requests in percent, and how each of them is judged, with the keys of
+        O(bake). Only with an edge of type V(haproxy).
       - A service in O(images) that is not named here gets the defaults. Everything else in the Compose files is a dependency.
     type: dict
     default: {}
@@ -128,19 +135,39 @@ options:
     type: dict
     default: {}
   edge:
-    description: The edge in front of this host's containers.
+    description: The edge in front of this host's containers. What each kind can and cannot do is in the collection's C(docs/edges.md).
     type: dict
     suboptions:
       type:
         description: Its kind. V(none) where nothing is in front.
         type: str
-        choices: [haproxy, none]
+        choices: [haproxy, nginx, traefik, none]
         default: none
       socket:
         description: HAProxy's runtime socket, a path or C(host:port).
         type: str
       hold_map:
         description: Path of the map that holds requests, as HAProxy knows it.
+        type: str
+      directory:
+        description:
+          - Folder of one file a backend. With O(edge.type=nginx) it is included into the block C(http), default C(/etc/nginx/delivery).
+          - With O(edge.type=traefik) it is the one that the file provider watches, default C(/etc/traefik/dynamic).
+        type: path
+      pid_file:
+        description: File with the process id of nginx. Default C(/run/nginx.pid).
+        type: path
+      program:
+        description: The program nginx. Default C(nginx).
+        type: str
+      config:
+        description: Main configuration file of nginx, where it is not the program's own default.
+        type: path
+      confirm:
+        description: Address and port on this host at which nginx tells what it has loaded. Default C(127.0.0.1:8399).
+        type: str
+      api:
+        description: Where this host reaches Traefik's API. Default C(http://127.0.0.1:8080).
         type: str
       network:
         description: Name of the Docker network in which the edge reaches containers. Default the project's default network.
@@ -159,11 +186,54 @@ options:
     description:
       - Which phases of O(state=applied) to run. They always run in this order.
       - V(preflight) checks, V(pull) fetches missing images, V(dependencies) starts what the app needs, V(hold) holds writes if O(hold) is
-        set, V(migrate) runs the migrator, V(roll) replaces the services.
+        set, V(migrate) runs the migrator, V(roll) replaces the services, V(bake) watches them if O(bake) is set.
     type: list
     elements: str
-    choices: [preflight, pull, dependencies, hold, migrate, roll]
-    default: [preflight, pull, dependencies, hold, migrate, roll]
+    choices: [preflight, pull, dependencies, hold, migrate, roll, bake]
+    default: [preflight, pull, dependencies, hold, migrate, roll, bake]
+  bake:
+    description:
+      - For how long, and by what, the services are judged after the last one was replaced. A container that ends, restarts or gets
+        unhealthy fails the release; so do too many errors or slow answers, which an edge of type V(haproxy) counts.
+    type: dict
+    default: {}
+    suboptions:
+      seconds:
+        description: For how long. V(0) does not watch.
+        type: float
+        default: 0
+      max_error_rate:
+        description: Percent of the answers that may be errors (5xx, refused or broken connections). Default V(1).
+        type: float
+      max_latency:
+        description: Seconds that an answer may take on average. By default nobody asks.
+        type: float
+      min_requests:
+        description: Requests from which on errors and times are judged before the time is over. Default V(20).
+        type: int
+      prometheus:
+        description: A query whose values must all be at most C(max), asked from this host.
+        type: dict
+        suboptions:
+          url:
+            description: Address of Prometheus.
+            type: str
+            required: true
+          query:
+            description: PromQL. C($service) and C($release) are replaced.
+            type: str
+            required: true
+          max:
+            description: The largest value that is good.
+            type: float
+            default: 0
+  confirm_within:
+    description:
+      - Seconds after which the host goes back by itself when no module has worked on it since the roll, and neither O(state=confirmed) nor
+        O(state=reverted) was called. V(0) waits for ever.
+      - A small process on the host does it, so a lost controller, CI job or network does not matter; it does not outlive a reboot.
+    type: float
+    default: 0
   take_back:
     description: When a phase fails, do what O(state=reverted) does at once. RV(reverted) says that it was done.
     type: bool
@@ -223,8 +293,8 @@ RETURN = r"""
 plan:
   description:
     - What happens to each service, in the groups C(dependencies), C(migrator), C(services), and C(warnings).
-    - Each has C(service), C(kind), C(action) (C(unchanged), C(roll), C(create), C(start), C(run)), C(strategy), C(reason), C(old) and
-      C(new) (image references), C(replicas), C(old_ids).
+    - Each has C(service), C(kind), C(action) (C(unchanged), C(roll), C(swap), C(create), C(start), C(run)), C(strategy), C(reason),
+      C(old) and C(new) (image references), C(replicas), C(old_ids), C(kept_ids).
   returned: with O(state=applied)
   type: dict
 lines:
@@ -283,13 +353,14 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import undo
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import confirm
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import PHASES, Spec
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.steps import apply
 
 
 def argument_spec() -> dict[str, t.Any]:
     return {
-        "state": {"type": "str", "choices": ["applied", "reverted", "quiesced", "finished", "synced"], "default": "applied"},
+        "state": {"type": "str", "choices": ["applied", "reverted", "quiesced", "confirmed", "finished", "synced"], "default": "applied"},
         "project_dir": {"type": "path", "required": True},
         "release_id": {"type": "str"},
         "run_id": {"type": "str", "default": ""},
@@ -314,15 +385,40 @@ def argument_spec() -> dict[str, t.Any]:
         "edge": {
             "type": "dict",
             "options": {
-                "type": {"type": "str", "choices": ["haproxy", "none"], "default": "none"},
+                "type": {"type": "str", "choices": ["haproxy", "nginx", "traefik", "none"], "default": "none"},
                 "socket": {"type": "str"},
                 "hold_map": {"type": "str"},
+                "directory": {"type": "path"},
+                "pid_file": {"type": "path"},
+                "program": {"type": "str"},
+                "config": {"type": "path"},
+                "confirm": {"type": "str"},
+                "api": {"type": "str"},
                 "network": {"type": "str"},
             },
         },
         "hold": {"type": "bool", "default": False},
+        "bake": {
+            "type": "dict",
+            "default": {},
+            "options": {
+                "seconds": {"type": "float", "default": 0},
+                "max_error_rate": {"type": "float"},
+                "max_latency": {"type": "float"},
+                "min_requests": {"type": "int"},
+                "prometheus": {
+                    "type": "dict",
+                    "options": {
+                        "url": {"type": "str", "required": True},
+                        "query": {"type": "str", "required": True},
+                        "max": {"type": "float", "default": 0},
+                    },
+                },
+            },
+        },
         "hold_after": {"type": "str", "choices": ["off", "keep", "writes", "all"], "default": "off"},
         "phases": {"type": "list", "elements": "str", "choices": list(PHASES), "default": list(PHASES)},
+        "confirm_within": {"type": "float", "default": 0},
         "take_back": {"type": "bool", "default": True},
         "docker_socket": {"type": "path", "default": "/var/run/docker.sock"},
         "docker_config": {"type": "path"},
@@ -338,6 +434,7 @@ def main() -> None:
             ("state", "applied", ("project", "release_id", "files")),
             ("state", "reverted", ("release_id",)),
             ("state", "quiesced", ("release_id",)),
+            ("state", "confirmed", ("release_id",)),
             ("state", "finished", ("release_id",)),
         ],
         supports_check_mode=True,
@@ -352,6 +449,8 @@ def main() -> None:
         elif given["state"] == "quiesced":
             spec = Spec.from_dict(given) if given["project"] else None
             result = undo.quiesce(*where, check_mode=module.check_mode, spec=spec)
+        elif given["state"] == "confirmed":
+            result = undo.summary(confirm(given["project_dir"], given["release_id"], module.check_mode))
         elif given["state"] == "finished":
             result = undo.finish(*where, check_mode=module.check_mode)
         else:

@@ -92,8 +92,11 @@ options:
         whole once and lost a layer since, to a garbage collection or a damaged disk. What a mount promises is looked at too.
       - V(manifests) looks at every manifest of an index and at referrers, and believes that a manifest which is there has its blobs.
       - V(tag) believes a tag that names the right digest. Where all tags do, nothing else is asked, one request for each tag;
-        a source that is given by digest is then not asked at all, one given by tag once. Referrers that were attached
-        at the source since are not looked for. A registry that answers a write with the right digest is believed without reading it back.
+        a source that is given by digest is then not asked at all, one given by tag once, in another registry by HEAD.
+        Referrers that were attached at the source since are not looked for. A registry that answers a write with the right digest is
+        believed without reading it back.
+        Where nothing was copied, a tag is not looked at again before it is written, so of two writers at once the later one wins, also
+        where O(immutable_tags) matches.
     type: str
     choices: [blobs, manifests, tag]
     default: blobs

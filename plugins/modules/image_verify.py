@@ -92,7 +92,8 @@ options:
     description:
       - Do without a proof that the signature was written to a transparency log. Right for keys of your own and C(cosign sign
         --tlog-upload=false).
-      - With O(identities) it means that a stolen certificate is not noticed, and that a certificate must still be valid today.
+      - With O(identities) it means that a stolen certificate is not noticed, and that a certificate must still be valid today, unless a
+        timestamp (RFC 3161) in its bundle, by an authority that O(trusted_root) names, says that it was when it signed.
     type: bool
     default: false
   insecure_ignore_sct:

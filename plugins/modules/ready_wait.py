@@ -12,7 +12,10 @@ module: ready_wait
 short_description: Wait until services answer as ready
 version_added: 0.1.0
 description:
-  - Asks all checks side by side, from 20 ms apart at first to 500 ms apart later, until all are ready at the same time.
+  - Asks all checks side by side until all are ready at the same time. The pause between two tries is a twentieth of the time waited,
+    from 20 ms to 250 ms, so that what gets ready after two seconds is seen 0.1 s later at most.
+  - A try that takes long is followed by a pause as long, up to 250 ms. A hundred checks side by side keep to half a
+    processor core.
   - Ends at once when a container has exited, restarts again and again or was removed, and shows its last log lines.
   - Fails with the number of ready checks and with what each of the others last answered.
 author:
@@ -82,31 +85,76 @@ options:
           ca_path:
             description: File with the certificates to trust instead of the system's.
             type: path
+          server_name:
+            description: Name to ask for in TLS, and to look for in the certificate. Default is the host of O(checks[].http.url).
+            type: str
           follow_redirects:
             description: Whether to follow up to 5 redirects. Logins and headers are not sent to another host.
             type: bool
             default: false
+          connect_to:
+            description:
+              - C(host:port) to connect to instead of what the URL names, as the edge of one of several hosts. The URL's host is still the
+                C(Host) header and the name that the certificate must have.
+            type: str
           unix_socket:
             description: Unix socket to ask through; the host in the URL is then only the C(Host) header.
             type: path
           timeout:
-            description: Seconds for one try.
+            description: Seconds for one try. A quarter of it may pass before the connection is there.
             type: float
             default: 5
       tcp:
-        description: A TCP connection that is accepted.
+        description: A connection that is accepted, over TCP or to a Unix socket.
         type: dict
         suboptions:
           host:
-            description: Name or address.
+            description: Name or address. Either it and O(checks[].tcp.port) are required, or O(checks[].tcp.unix_socket).
             type: str
-            required: true
           port:
             description: Port.
             type: int
-            required: true
+          unix_socket:
+            description: Unix socket.
+            type: path
           timeout:
-            description: Seconds for one try.
+            description: Seconds for one try. A quarter of it may pass before the connection is there.
+            type: float
+            default: 5
+      grpc:
+        description:
+          - A gRPC server whose health service (C(grpc.health.v1.Health)) answers V(SERVING).
+          - Nothing but Python is needed on the host that asks.
+        type: dict
+        suboptions:
+          host:
+            description: Name or address. Either it and O(checks[].grpc.port) are required, or O(checks[].grpc.unix_socket).
+            type: str
+          port:
+            description: Port.
+            type: int
+          unix_socket:
+            description: Unix socket.
+            type: path
+          service:
+            description: Name of the service to ask about, as the server registered it. Default is the server as a whole.
+            type: str
+          tls:
+            description: Whether to speak TLS.
+            type: bool
+            default: false
+          validate_certs:
+            description: Whether the certificate must be trusted.
+            type: bool
+            default: true
+          ca_path:
+            description: File with the certificates to trust instead of the system's.
+            type: path
+          server_name:
+            description: Name to ask for, and to look for in the certificate. Default is O(checks[].grpc.host).
+            type: str
+          timeout:
+            description: Seconds for one try. A quarter of it may pass before the connection is there.
             type: float
             default: 5
       container:
@@ -140,6 +188,20 @@ options:
             type: str
             choices: [auto, healthy, running]
             default: auto
+      log:
+        description:
+          - A line in the log of a container that matches. Only lines of its present run count, those from before its last start do not.
+          - It stays ready until the container is started again. A line that was rotated away cannot be found.
+        type: dict
+        suboptions:
+          container:
+            description: Name or id.
+            type: str
+            required: true
+          pattern:
+            description: Python regular expression that is searched for in each line, in its first 4 KiB.
+            type: str
+            required: true
       systemd:
         description: A unit that is active. One that failed or is being restarted ends the wait, with its last log lines.
         type: dict
@@ -201,6 +263,10 @@ EXAMPLES = r"""
         service: {project: shop, service: db}
       - name: cache
         tcp: {host: 127.0.0.1, port: 6379}
+      - name: orders
+        grpc: {host: 127.0.0.1, port: 50051, service: shop.v1.Orders}
+      - name: worker
+        log: {container: shop-worker-1, pattern: ^connected to queue}
       - name: queue
         command: {argv: [rabbitmq-diagnostics, check_running], container: shop-queue-1}
       - name: engine
@@ -258,13 +324,27 @@ def main() -> None:
             "method": {"type": "str", "default": "GET"},
             "validate_certs": {"type": "bool", "default": True},
             "ca_path": {"type": "path"},
+            "server_name": {"type": "str"},
             "follow_redirects": {"type": "bool", "default": False},
+            "connect_to": {"type": "str"},
             "unix_socket": {"type": "path"},
             "timeout": {"type": "float", "default": 5},
         },
         "tcp": {
-            "host": {"type": "str", "required": True},
-            "port": {"type": "int", "required": True},
+            "host": {"type": "str"},
+            "port": {"type": "int"},
+            "unix_socket": {"type": "path"},
+            "timeout": {"type": "float", "default": 5},
+        },
+        "grpc": {
+            "host": {"type": "str"},
+            "port": {"type": "int"},
+            "unix_socket": {"type": "path"},
+            "service": {"type": "str"},
+            "tls": {"type": "bool", "default": False},
+            "validate_certs": {"type": "bool", "default": True},
+            "ca_path": {"type": "path"},
+            "server_name": {"type": "str"},
             "timeout": {"type": "float", "default": 5},
         },
         "container": {
@@ -276,6 +356,7 @@ def main() -> None:
             "service": {"type": "str", "required": True},
             "state": {"type": "str", "choices": states, "default": "auto"},
         },
+        "log": {"container": {"type": "str", "required": True}, "pattern": {"type": "str", "required": True}},
         "systemd": {"unit": {"type": "str", "required": True}},
         "command": {
             "argv": {"type": "list", "elements": "str", "required": True},

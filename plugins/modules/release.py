@@ -12,12 +12,12 @@ module: release
 short_description: Take the lock of an app, open a release, journal its steps, end it
 version_added: 0.1.0
 description:
-  - Runs on the coordinator, the first host of the app. One run at a time works on an app. The lock is a lease that is renewed with each
-    step and is recovered, not ignored, when its holder died.
+  - Runs on the coordinator, the first host of the app, but for V(laid_out) and V(adopted), which are for the other hosts. One run at a
+    time works on an app. The lock is a lease that is renewed with each step and is recovered, not ignored, when its holder died.
   - A release is a folder below C(releases/) of the deploy dir with C(release.json), C(journal.jsonl) and the files that were given.
     The folder appears whole or not at all.
-  - With O(state=started), when an earlier release has no end, nothing new is made. The lock is taken and RV(recover) says what has to
-    be finished or undone first.
+  - With O(state=started), when an earlier release has no end, or was not taken back on one of O(hosts), nothing new is made. The lock is
+    taken and RV(recover) says what has to be finished or undone first.
 author:
   - selfhost.delivery contributors (@selfhost-delivery)
 extends_documentation_fragment:
@@ -57,9 +57,11 @@ options:
       - V(failed) records a failure. Where nothing had been changed the release ends as aborted, else it stays open and RV(recover) says
         what is owed.
       - V(unlocked) lifts a freeze, or the lock of a run that is gone.
+      - V(laid_out) writes O(files) into the release folder of a host that is not the coordinator; V(adopted) moves C(current) there and
+        removes old folders. They know no lock and no journal.
     type: str
     required: true
-    choices: [started, step, committed, failed, rolled_back, aborted, frozen, rollback_failed, unlocked]
+    choices: [started, step, committed, failed, rolled_back, aborted, frozen, rollback_failed, unlocked, laid_out, adopted]
   release_id:
     description: The release. Required but for V(started), where the default is made of time and tag, and for V(unlocked).
     type: str
@@ -106,7 +108,7 @@ options:
     type: dict
     default: {}
   files:
-    description: Files of the release folder, for V(started) and V(step).
+    description: Files of the release folder, for V(started), V(step) and V(laid_out).
     type: list
     elements: dict
     default: []
@@ -135,9 +137,11 @@ options:
       - snapshotted
       - dependencies
       - held
+      - hosts
       - migrated
       - rolling
       - verifying
+      - baking
       - committed
       - reverting
       - restoring
@@ -176,13 +180,27 @@ options:
     description: With V(started), when the same tag, digests and files are current already, answer RV(unchanged) and keep no lock.
     type: bool
     default: true
+  hosts:
+    description:
+      - With V(started), the hosts of this run. With an end, those that the release was taken back on.
+    type: list
+    elements: str
+    default: []
+  lost:
+    description:
+      - With V(rolled_back), those of O(hosts) that were not reached, so that they still run what they ran. The release ends as
+        V(rollback_failed) then, and the next V(started) with one of them in its O(hosts) is told by RV(recover).
+    type: list
+    elements: str
+    default: []
   keep_lock:
     description: With an end, keep the lock for the same run, as after a recovery.
     type: bool
     default: false
   keep_releases:
     description:
-      - With V(committed), how many release folders stay. The current one, the one before it and those without an end always do.
+      - With V(committed) and V(adopted), how many release folders stay. The current one, on the coordinator also the one before it and
+        those without an end always do.
       - V(0) keeps all.
     type: int
     default: 10
@@ -290,6 +308,11 @@ recover:
       description: Its C(release.json).
       type: dict
       sample: {tag: sha-abc}
+    hosts:
+      description: Where alone it has to be undone, empty for everywhere.
+      type: list
+      elements: str
+      sample: [app-3]
 took_over:
   description: The lock of the dead run that was replaced, null when there was none.
   returned: with O(state=started)
@@ -317,7 +340,7 @@ lines:
   sample: ["sha-abc committed in production, release 20261121-101500-sha-abc, 41.2 s"]
 pruned:
   description: Ids of the release folders that were removed.
-  returned: with O(state=committed)
+  returned: with O(state=committed) and O(state=adopted)
   type: list
   elements: str
   sample: []
@@ -357,6 +380,8 @@ class ReleaseManager:
             result = self.step()
         elif state == "unlocked":
             result = self.unlocked()
+        elif state in ("laid_out", "adopted"):
+            result = self.elsewhere(state)
         elif state == "failed":
             result = self.failed()
         else:
@@ -396,7 +421,7 @@ class ReleaseManager:
         params = self.params
         previous = releases.current_release(self.deploy_dir)
         result: dict[str, t.Any] = {"changed": True, "previous": previous, "unchanged": False, "recover": None}
-        unfinished = releases.open_release(self.deploy_dir)
+        unfinished = self._unfinished()
         if unfinished is not None:
             self.lease.acquire(self.run_id, params["holder"] or {}, unfinished["id"], params["ttl"])
             result.update(self._folder(unfinished["id"]), release=releases.read_release(self.deploy_dir, unfinished["id"]))
@@ -424,6 +449,9 @@ class ReleaseManager:
         releases.create_release(self.deploy_dir, record, self.run_id, params["files"])
         return {**result, **self._folder(release_id), "release": record}
 
+    def _unfinished(self) -> dict[str, t.Any] | None:
+        return releases.open_release(self.deploy_dir) or releases.owed_release(self.deploy_dir, self.params["hosts"])
+
     def _is_current(self, previous: dict[str, t.Any], identity: str) -> bool:
         """The same tag, digests and files; after a way back that failed, what is current need not be what runs."""
         if previous.get("fingerprint") != identity:
@@ -442,7 +470,7 @@ class ReleaseManager:
         if lock and self.lease.status(lock) in ("held", "freeze") and lock["run_id"] != self.run_id and not params["takeover"]:
             self.module.warn(f"A real run would be refused, or wait: {releases.lock_error(self.deploy_dir, lock).message}")
         previous = releases.current_release(self.deploy_dir)
-        unfinished = releases.open_release(self.deploy_dir)
+        unfinished = self._unfinished()
         identity = releases.fingerprint(params["tag"], params["plan"].get("images") or {}, params["files"], release_id)
         unchanged = bool(not unfinished and params["unchanged_ok"] and previous and self._is_current(previous, identity))
         shown = unfinished["id"] if unfinished else previous["id"] if unchanged and previous else release_id
@@ -516,14 +544,19 @@ class ReleaseManager:
         state = releases.fold(releases.read_journal(self.deploy_dir, release_id))
         failure = self._failure() if self.params["failure"] else None
         changed, pruned = False, []
-        if state.status != end:
+        owed: list[str] = []
+        if end in ("rolled_back", "rollback_failed"):
+            owed = releases.owed_after(record, self.params["hosts"], self.params["lost"])
+        if owed:
+            end = "rollback_failed"
+        if state.status != end or owed != (record.get("owed") or []):
             self.lease.check()
             with releases.busy(self.deploy_dir, self.params["busy_timeout"]):
                 if end == "frozen":
                     # Before the end is written: a crash in between must not leave a frozen release without its freeze.
                     reason = failure["message"] if failure else f"release {release_id} needs a decision"
                     self.lease.freeze(reason, release_id=release_id)
-                changed = releases.finish_release(self.deploy_dir, release_id, self.run_id, end, failure)
+                changed = releases.finish_release(self.deploy_dir, release_id, self.run_id, end, failure, owed)
                 if end == "committed" and self.params["keep_releases"]:
                     pruned = self._prune()
         changed = self._give_back() or changed
@@ -556,6 +589,20 @@ class ReleaseManager:
     def _give_back(self) -> bool:
         return False if self.params["keep_lock"] else self.lease.release()
 
+    # --- on the other hosts
+
+    def elsewhere(self, state: str) -> dict[str, t.Any]:
+        release_id, keep = self.params["release_id"], self.params["keep_releases"]
+        result: dict[str, t.Any] = {"changed": True, **self._folder(release_id)}
+        if self.module.check_mode:
+            return result
+        if state == "laid_out":
+            return {**result, "changed": releases.lay_out(self.deploy_dir, release_id, self.params["files"])}
+        moved, pruned, warnings = releases.adopt(self.deploy_dir, release_id, keep)
+        for warning in warnings:
+            self.module.warn(warning)
+        return {**result, "changed": moved or bool(pruned), "pruned": pruned}
+
     def unlocked(self) -> dict[str, t.Any]:
         if self.module.check_mode:
             lock = self.lease.read()
@@ -565,7 +612,7 @@ class ReleaseManager:
 
 
 def main() -> None:
-    need_release = ("step", "committed", "failed", "rolled_back", "aborted", "frozen", "rollback_failed")
+    need_release = ("step", "committed", "failed", "rolled_back", "aborted", "frozen", "rollback_failed", "laid_out", "adopted")
     module = AnsibleModule(
         argument_spec=dict(
             app=dict(type="str", required=True),
@@ -609,6 +656,8 @@ def main() -> None:
             failure=dict(type="dict"),
             takeover=dict(type="bool", default=False),
             unchanged_ok=dict(type="bool", default=True),
+            hosts=dict(type="list", elements="str", default=[]),
+            lost=dict(type="list", elements="str", default=[]),
             keep_lock=dict(type="bool", default=False),
             keep_releases=dict(type="int", default=10),
         ),

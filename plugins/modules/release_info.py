@@ -51,8 +51,20 @@ options:
     type: list
     elements: str
     default: []
+  record_keys:
+    description:
+      - Public keys, each the path of a PEM file on the host this runs on or its content. With them every record says who signed it.
+      - A record that none of them signed is returned too, with a C(signer) of V(none).
+    type: list
+    elements: str
+    default: []
+  cosign_program:
+    description: Name on E(PATH) or path of C(cosign), 2.6 or newer. Only asked where O(record_keys) is given.
+    type: str
+    default: cosign
 seealso:
   - module: selfhost.delivery.release
+  - module: selfhost.delivery.release_record
 """
 
 EXAMPLES = r"""
@@ -157,6 +169,11 @@ releases:
       description: The same in words.
       type: str
       sample: ""
+    owed:
+      description: Hosts that it was not taken back on, since they were not reached. The next run that reaches one does that first.
+      type: list
+      elements: str
+      sample: []
 table:
   description: RV(releases) as lines for people.
   returned: success
@@ -164,12 +181,15 @@ table:
   elements: str
   sample: ["release                    tag      result"]
 records:
-  description: The records of each of O(images), newest first.
+  description:
+    - The records of each of O(images), newest first. C(signer) in each is the key of O(record_keys) whose signature was found good,
+      and V(none) where there is none or nobody asked.
   returned: success
   type: dict
-  sample: {"registry.example.com/shop/app@sha256:0123": [{environment: staging, result: committed}]}
+  sample: {"registry.example.com/shop/app@sha256:0123": [{environment: staging, result: committed, signer: null}]}
 """
 
+import contextlib
 import os
 import typing as t
 
@@ -177,8 +197,9 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.selfhost.delivery.plugins.module_utils import releases
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.cosign import Cosign
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import REGISTRY_ARGUMENTS, client_options_from
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.records import read_records_for
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.records import prover, read_records_for
 
 
 def read_host(deploy_dir: str | None, limit: int) -> dict[str, t.Any]:
@@ -200,6 +221,16 @@ def read_host(deploy_dir: str | None, limit: int) -> dict[str, t.Any]:
     return result
 
 
+def read_evidence(params: t.Mapping[str, t.Any]) -> dict[str, list[dict[str, t.Any]]]:
+    """The records of ``images``, held against ``record_keys`` where there are any."""
+    with contextlib.ExitStack() as stack:
+        prove = None
+        if params["record_keys"]:
+            cosign = stack.enter_context(Cosign(params["cosign_program"], ignore_tlog=True))
+            prove = prover(cosign, [cosign.key(text) for text in params["record_keys"]])
+        return read_records_for(params["images"], client_options_from(params), prove)
+
+
 def without_state(release: dict[str, t.Any] | None) -> dict[str, t.Any] | None:
     """``release.json`` alone."""
     return None if release is None else {key: value for key, value in release.items() if key != "state"}
@@ -214,13 +245,15 @@ def main() -> None:
             deploy_dir=dict(type="path"),
             limit=dict(type="int", default=20),
             images=dict(type="list", elements="str", default=[]),
+            record_keys=dict(type="list", elements="str", default=[], no_log=False),
+            cosign_program=dict(type="str", default="cosign"),
         ),
         supports_check_mode=True,
     )
     params = module.params
     try:
         result = read_host(params["deploy_dir"], params["limit"])
-        result["records"] = read_records_for(params["images"], client_options_from(params)) if params["images"] else {}
+        result["records"] = read_evidence(params) if params["images"] else {}
     except DeliveryError as error:
         module.fail_json(**error.as_result())
     module.exit_json(changed=False, **result)

@@ -44,9 +44,13 @@ options:
     type: dict
     required: true
   records:
-    description: What the registry knows of them, C(repository@digest) to a list of records.
+    description: What the registry knows of them, C(repository@digest) to records, as M(selfhost.delivery.release_info) returns it.
     type: dict
     default: {}
+  signed_records:
+    description: Let only records count that were signed.
+    type: bool
+    default: false
   files:
     description: The Compose files.
     type: list
@@ -94,6 +98,22 @@ options:
     description: Megabytes that must stay free.
     type: int
     default: 512
+  hosts:
+    description: The hosts of this run, in the order of the inventory.
+    type: list
+    elements: str
+    default: []
+  serial:
+    description:
+      - How many hosts are rolled side by side, as in Ansible's own C(serial). A number, a share of all hosts such as V(50%), or a list of
+        these, whose last goes on to the end.
+    type: raw
+    default: 1
+  canary:
+    description: Hosts that are rolled before all others, one at a time.
+    type: list
+    elements: str
+    default: []
   restore:
     description: Overrides C(policies.restore) of the app.
     type: str
@@ -158,6 +178,11 @@ release:
       description: The plan for people.
       type: list
       elements: str
+    batches:
+      description: The hosts that are rolled side by side, batch after batch.
+      type: list
+      elements: list
+      sample: [[app-2], [app-1], [app-3]]
 gates:
   description: Why gates do not hold but were overridden, one line each.
   returned: success
@@ -171,6 +196,11 @@ public_check:
   returned: success
   type: dict
   sample: {name: public, http: {url: https://shop.example.com/api/ready}}
+host_check:
+  description: The same check of one host, to be asked on it, of its own edge. Null when the app has no public route or the hosts no edge.
+  returned: success
+  type: dict
+  sample: {name: host, http: {url: https://shop.example.com/api/ready, connect_to: "127.0.0.1:443"}}
 """
 
 from dataclasses import asdict
@@ -190,6 +220,7 @@ def main() -> None:
             tag=dict(type="str", required=True),
             digests=dict(type="dict", required=True),
             records=dict(type="dict", default={}),
+            signed_records=dict(type="bool", default=False),
             files=dict(
                 type="list",
                 elements="dict",
@@ -204,6 +235,9 @@ def main() -> None:
             edge=dict(type="dict", default={"type": "none"}),
             docker_socket=dict(type="path", default="/var/run/docker.sock"),
             min_free_mb=dict(type="int", default=512),
+            hosts=dict(type="list", elements="str", default=[]),
+            serial=dict(type="raw", default=1),
+            canary=dict(type="list", elements="str", default=[]),
             restore=dict(type="str", default=""),
             migrations=dict(type="str", default=""),
             override_gates=dict(type="str", default=""),
@@ -216,7 +250,7 @@ def main() -> None:
             if given[name] not in ("", *choices):
                 raise DeliveryError(f"Reading delivery_{name}", f"it is {given[name]!r}", f"Use one of {', '.join(choices)}.")
         app = parse_app(given["app"], given["environment"])
-        findings = gate_findings(app, given["digests"], given["records"]) if given["kind"] == "promote" else []
+        findings = gate_findings(app, given["digests"], given["records"], given["signed_records"]) if given["kind"] == "promote" else []
         if findings and not given["override_gates"]:
             raise DeliveryError(
                 f"Holding {given['tag']} against the gates of {given['environment']}",
@@ -231,12 +265,13 @@ def main() -> None:
             given["digests"],
             given["files"],
             given["release_id"],
-            Site(given["deploy_dir"], given["edge"], given["docker_socket"], given["min_free_mb"]),
+            Site(*(given[key] for key in ("deploy_dir", "edge", "docker_socket", "min_free_mb", "hosts", "serial", "canary"))),
             Wish(given["kind"], given["restore"], given["migrations"], given["override_gates"], given["target"], given["snapshot"]),
         )
     except DeliveryError as error:
         module.fail_json(**error.as_result())
-    module.exit_json(changed=False, release=asdict(planned), gates=findings, public_check=app.public_check())
+    host_check = app.host_check() if given["edge"].get("type") != "none" else None
+    module.exit_json(changed=False, release=asdict(planned), gates=findings, public_check=app.public_check(), host_check=host_check)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ options:
   consistency:
     description:
       - V(pause) freezes the writers, so the set is what a power cut at one moment would leave; databases recover from that.
+        It is done between their health checks, for which it waits up to ten seconds; the engine keeps a container that freezes in one
+        frozen for much longer.
       - V(stop) stops and starts them.
       - V(hooks) runs O(hooks) around the snapshot, and holds nobody.
       - V(none) reads while everything runs. Of a running database this is no backup.

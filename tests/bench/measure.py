@@ -146,11 +146,20 @@ def _pump(source: socket.socket, sink: socket.socket, watch: t.Callable[[bytes],
             pass
 
 
-def plot(rows: t.Sequence[t.Mapping[str, t.Any]], ours: t.Container[str], title: str) -> str:
-    """An SVG with a bar for each row that has a ratio, on a logarithmic scale, by case."""
-    rows = [row for row in rows if row["ratio_to_fastest_peer"]]
+TO_FASTEST = "ratio of medians to the fastest other tool of the case; left of the line is faster than it"
+
+
+def plot(
+    rows: t.Sequence[t.Mapping[str, t.Any]],
+    ours: t.Container[str],
+    title: str,
+    key: str = "ratio_to_fastest_peer",
+    caption: str = TO_FASTEST,
+) -> str:
+    """An SVG with a bar for each row that has the ratio ``key``, on a logarithmic scale, by case."""
+    rows = [row for row in rows if row[key]]
     left, width, height, top = 330, 560, 16, 64
-    ratios = [row["ratio_to_fastest_peer"] for row in rows] or [1.0]
+    ratios = [row[key] for row in rows] or [1.0]
     low, high = min(0.5, min(ratios) * 0.8), max(2.0, max(ratios) * 1.2)
 
     def place(ratio: float) -> float:
@@ -164,7 +173,7 @@ def plot(rows: t.Sequence[t.Mapping[str, t.Any]], ours: t.Container[str], title:
             y += 22
             parts.append(f'<text x="12" y="{y}" font-weight="bold">{escape(case)}</text>')
             y += 6
-        ratio = row["ratio_to_fastest_peer"]
+        ratio = row[key]
         start, end = sorted((place(1.0), place(ratio)))
         colour = "#b03a2e" if row["tool"] in ours else "#5d6d7e"
         parts.append(f'<text x="{left - 8}" y="{y + height - 4}" text-anchor="end">{escape(row["tool"])}</text>')
@@ -176,6 +185,6 @@ def plot(rows: t.Sequence[t.Mapping[str, t.Any]], ours: t.Container[str], title:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 150}" height="{total}" font-family="sans-serif" font-size="12">'
         f'<rect width="100%" height="100%" fill="#fff"/><text x="12" y="24" font-size="16">{escape(title)}</text>'
-        f'<text x="12" y="44" fill="#555">ratio of medians to the fastest other tool of the case; left of the line is faster than it</text>'
+        f'<text x="12" y="44" fill="#555">{escape(caption)}</text>'
         f"{line}{''.join(parts)}</svg>\n"
     )

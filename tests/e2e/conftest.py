@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The site is made once a run, by the playbook that users make theirs with."""
+"""Each file has a site of its own, made by the playbook that users make theirs with; the files run side by side."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ import pytest
 from . import shopfront
 from .site_under_test import REPOSITORY, Environment, Site
 
-sys.path.insert(0, str(REPOSITORY / "tests" / "integration"))
+sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "integration")]
 from registry_fixture import start_registry  # noqa: E402
+from scheduling import GroupScheduling, longest_first  # noqa: E402
 
 
 def _free_port() -> int:
@@ -31,8 +32,18 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[Site]:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: t.Any) -> GroupScheduling:
+    """Tests of one file build on each other, but those of killed controllers need nothing but a site."""
+    return GroupScheduling(config, log, ("test_faults",))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items, ("test_promote", "test_take_back", "test_bad_builds"), ())
+
+
+@pytest.fixture(scope="module")
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[Site]:
+    """``ENVIRONMENTS`` of a test file names those that it promotes to; default both."""
     folder = Path(tmp_path_factory.mktemp("site"))
     folder.chmod(0o755)  # the edge's worker is another user
     registry = start_registry(folder / "registry", htpasswd=True, tls=True)
@@ -48,7 +59,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[Site]:
     site.write_inventories()
     try:
         for environment in environments:
-            site.run("setup", environment).must_succeed()
+            if environment.name in getattr(request.module, "ENVIRONMENTS", (environment.name,)):
+                site.run("setup", environment).must_succeed()
         yield site
     finally:
         for environment in environments:

@@ -9,12 +9,15 @@ All of them are one static busybox and a few lines of shell, imported as one-lay
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
 import shutil
 import subprocess
 import tarfile
+import tempfile
+from pathlib import Path
 
 WEB = """#!/bin/sh
 # Waits as a service does that has to connect first, then answers with its version.
@@ -37,6 +40,10 @@ KEEPER = """#!/bin/sh
 [ -f /data/rows ] || echo "row 1" > /data/rows
 exec httpd -f -p 8081 -h /data
 """
+
+# The image of the data keeper, which no release changes. Sites that run side by side share it, and an import makes another image of the
+# same files: a tag that moved would be a change to the next promotion of another site. So its name says what is in it, and it is made once.
+KEEPER_IMAGE = f"shopfront-keeper:{hashlib.sha256(KEEPER.encode()).hexdigest()[:12]}"
 
 MIGRATE = """#!/bin/sh
 case "$BEHAVIOUR" in
@@ -65,12 +72,12 @@ services:
     profiles: [migrate]
     volumes: [data:/data]
   keeper:
-    image: shopfront-keeper:1
+    image: KEEPER_IMAGE
     volumes: [data:/data]
     healthcheck: {test: [CMD, test, -f, /data/rows], interval: 1s, retries: 20}
 volumes:
   data:
-"""
+""".replace("KEEPER_IMAGE", KEEPER_IMAGE)
 
 
 def _rootfs(scripts: dict[str, str]) -> bytes:
@@ -123,8 +130,11 @@ def _say_architecture(reference: str, architecture: str) -> None:
 
 
 def build_keeper() -> None:
-    """The image of the data keeper, which no release changes."""
-    _import("shopfront-keeper:1", {"keeper": KEEPER}, "/keeper")
+    """Make ``KEEPER_IMAGE`` where it is not there."""
+    with open(Path(tempfile.gettempdir()) / "shopfront-keeper.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if subprocess.run(["docker", "image", "inspect", KEEPER_IMAGE], check=False, capture_output=True).returncode:
+            _import(KEEPER_IMAGE, {"keeper": KEEPER}, "/keeper")
 
 
 def build(app: str, migrator: str, tag: str, web: str = "ok", migrate: str = "ok", architecture: str = "") -> list[str]:

@@ -46,13 +46,13 @@ class Outcome:
 
 
 class Load:
-    """Asks the edge over one keep-alive connection, without retries, until it is told to stop; every failure is kept."""
+    """Asks the edge over one keep-alive connection every ``pause`` seconds, without retries, until it is told to stop; every failure is kept."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, pause: float = 0.01, address: str = "127.0.0.1") -> None:
         import http.client
 
         self._http = http.client
-        self.port = port
+        self.port, self.pause, self.address = port, pause, address
         self.sent = 0
         self.lost: list[str] = []
         self.versions: list[str] = []
@@ -68,9 +68,9 @@ class Load:
         self._thread.join(20)
 
     def _run(self) -> None:
-        connection = self._http.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        connection = self._http.HTTPConnection(self.address, self.port, timeout=15)
         until = time.monotonic() + 600
-        while not self._stop.wait(0.01) and time.monotonic() < until:
+        while not self._stop.wait(self.pause) and time.monotonic() < until:
             self.sent += 1
             try:
                 connection.request("GET", "/api/ready")
@@ -118,6 +118,11 @@ class Environment:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def confirmation(self) -> str:
+        """What ``confirm.json`` of the newest release says."""
+        path = sorted((self.deploy_dir / "releases").glob("2*"))[-1] / "confirm.json"
+        return json.loads(path.read_text())["state"] if path.exists() else ""
+
     def newest(self) -> dict[str, t.Any]:
         return json.loads((sorted((self.deploy_dir / "releases").glob("2*"))[-1] / "release.json").read_text())
 
@@ -134,7 +139,7 @@ class Environment:
 
     def data(self, name: str) -> str:
         """A file of the data volume, read through the container that has it mounted."""
-        argv = ["docker", "run", "--rm", "--network", "none", "-v", f"{self.project}_data:/data", "shopfront-keeper:1", "/bin/cat", f"/data/{name}"]
+        argv = ["docker", "run", "--rm", "--network", "none", "-v", f"{self.project}_data:/data", shopfront.KEEPER_IMAGE, "/bin/cat", f"/data/{name}"]
         return subprocess.run(argv, capture_output=True, text=True, check=False).stdout
 
 
@@ -182,18 +187,7 @@ class Site:
 
     def run(self, playbook: str, environment: Environment, *extra: str, timeout: float = 300) -> Outcome:
         """Call a playbook as a user does."""
-        done = subprocess.run(
-            self.command(playbook, environment, *extra),
-            env=self.environ(),
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        return Outcome(done.returncode, done.stdout)
+        return _outcome_of(self.command(playbook, environment, *extra), self.environ(), self.folder, timeout)
 
     def promote(self, environment: Environment, tag: str, *extra: str) -> Outcome:
         return self.run("promote", environment, "-e", f"tag={tag}", *extra)
@@ -240,6 +234,28 @@ class Site:
             inventory = {"app_hosts": {"hosts": {environment.name: {"ansible_connection": "local"}}, "vars": variables}}
             (folder / "hosts.yml").write_text(yaml.safe_dump(inventory, sort_keys=False))
 
+    def promote_from_starter(self, tag: str) -> Outcome:
+        """As a user does from a folder that the starter wrote: the collection installed in it, its examples replaced by this site."""
+        folder, programs = self.folder / "shopfront-deploy", Path(sys.executable).parent
+        own = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+
+        def run(*command: str, where: Path = self.folder, **environ: str) -> Outcome:
+            return _outcome_of([str(programs / command[0]), *command[1:]], {**own, "ANSIBLE_NOCOLOR": "1", **environ}, where)
+
+        installed = self.environ()["ANSIBLE_COLLECTIONS_PATH"]
+        run("ansible-playbook", "selfhost.delivery.init", "-e", "app=shopfront", "-e", f"into={folder}", ANSIBLE_COLLECTIONS_PATH=installed).must_succeed()
+        run("ansible-galaxy", "collection", "build", "--output-path", str(self.folder / "built"), str(REPOSITORY)).must_succeed()
+        (tarball,) = (self.folder / "built").iterdir()
+        run("ansible-galaxy", "collection", "install", "--offline", "--no-deps", "-p", str(folder / "collections"), str(tarball)).must_succeed()
+        variables = self._variables(self.production)
+        del variables["delivery_source_dir"]
+        (folder / "app.yml").write_text(yaml.safe_dump({"delivery_app": variables.pop("delivery_app")}))
+        (folder / "inventories" / "production" / "group_vars" / "all" / "environment.yml").write_text(yaml.safe_dump(variables))
+        hosts = {"app_hosts": {"hosts": {self.production.name: {"ansible_connection": "local"}}}}
+        (folder / "inventories" / "production" / "hosts.yml").write_text(yaml.safe_dump(hosts))
+        (folder / "compose.yaml").write_text((self.folder / "compose.yaml").read_text())
+        return run("ansible-playbook", "promote.yml", "-e", f"tag={tag}", where=folder)
+
     def _variables(self, environment: Environment) -> dict[str, t.Any]:
         def image(name: str) -> t.Any:
             source = f"{self.registry.address}/shopfront/{name}"
@@ -275,10 +291,25 @@ class Site:
             "edge_config_dir": str(environment.edge_dir),
             "edge_bind_http": [f"127.0.0.1:{environment.port}"],
             "edge_service_manager": "process",
-            "snapshots_engine": os.environ.get("DELIVERY_SNAPSHOTS_ENGINE", "restic"),
+            "snapshots_engine": os.environ.get("DELIVERY_SNAPSHOTS_ENGINE", "auto"),
             "snapshots_repository": str(self.folder / f"snapshots-{environment.name}"),
             "snapshots_password": "snapshots-are-not-secret-here",
         }
+
+
+def _outcome_of(command: list[str], environ: dict[str, str], where: Path, timeout: float = 300) -> Outcome:
+    done = subprocess.run(
+        command,
+        env=environ,
+        cwd=where,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout)
 
 
 def _family(pid: int) -> list[int]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 import typing as t
 
 import pytest
 
 from .site_under_test import Environment, Load, Site
 
+ENVIRONMENTS = ("staging",)
 _numbers = itertools.count(1)
 
 #: Where promotions are killed one after the other: each but the first mends what the one before left, and is killed itself.
@@ -51,7 +53,7 @@ def _settled(environment: Environment, serving: str) -> None:
 def _kill_in_a_row(site: Site, staging: Environment, steps: t.Sequence[tuple[str, str]], orphans: bool = False) -> None:
     """Kill a promotion at each of the steps, then let one go to its end; nothing is lost on the way, and everything has an end."""
     tags = [site.build(f"sha-k{next(_numbers)}") for _step in (*steps, "the last")]
-    with Load(staging.port) as load:
+    with Load(staging.port, pause=0.03) as load:
         for (step, event), tag in zip(steps, tags):
             reached = site.kill_at("promote", staging, step, event, "-e", f"tag={tag}", orphans=orphans)
             assert reached, f"{tag} ended before {step} {event}"
@@ -84,6 +86,29 @@ def test_killed_promotion_is_mended_by_a_rollback(site: Site, staging: Environme
     _settled(staging, "sha-r1")
 
 
+def test_a_host_goes_back_by_itself_when_nobody_confirms(site: Site, staging: Environment) -> None:
+    def confirm_within(seconds: int) -> None:
+        site.write_inventories(lambda variables: variables["delivery_app"]["policies"].update(confirm_within=seconds))
+
+    # Long enough for a busy machine to reach the step of the kill, short enough to wait for.
+    confirm_within(10)
+    served = staging.current()
+    with Load(staging.port, pause=0.03) as load:
+        assert site.kill_at("promote", staging, "verifying", "begin", "-e", f"tag={site.build('sha-unseen')}")
+        deadline = time.monotonic() + 60
+        while staging.confirmation() != "gone_back":
+            assert time.monotonic() < deadline, (staging.confirmation(), staging.journal()[-3:])
+            time.sleep(0.1)
+        assert staging.serving() == served
+    assert load.lost == [] and load.versions == [served, "sha-unseen", served], (load.lost[:5], load.versions)
+    # The record is the next run's to write, and a release that is confirmed stays.
+    confirm_within(600)
+    mended = site.promote(staging, site.build("sha-seen")).must_succeed()
+    assert "was left open at step" in mended.output and "the host goes back by itself" in mended.output
+    assert staging.confirmation() == "confirmed"
+    _settled(staging, "sha-seen")
+
+
 def test_killed_breaking_migration_gives_its_data_back(site: Site, staging: Environment) -> None:
     before, rows = staging.current(), staging.data("rows")
     killed = site.build("sha-kdamage", migrate="damage")
@@ -97,6 +122,7 @@ def test_killed_breaking_migration_gives_its_data_back(site: Site, staging: Envi
 
 def test_killed_data_rollback_is_mended(site: Site, staging: Environment) -> None:
     """Killed while the data is being replaced: the next run puts back what was there before, then does its own work."""
+    site.promote(staging, site.build(f"sha-n{next(_numbers)}")).must_succeed()  # so that there is a set to go back to
     rows = staging.data("rows")
     sets = sorted((staging.deploy_dir / "snapshots").glob("pre-promotion-*.manifest.json"))
     assert site.kill_at("rollback", staging, "restoring", "begin", "-e", f"snapshot={sets[-1].name.removesuffix('.manifest.json')}")

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The main job as a user does it: promote, refuse, roll back, restore. The tests build on each other, in this order."""
+"""The main job as a user does it, and what it refuses. The tests build on each other, in this order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import threading
-import time
 import typing as t
 from pathlib import Path
 
@@ -24,12 +23,6 @@ from .site_under_test import Load, Site
 def _inventories_as_they_were(site: Site) -> t.Iterator[None]:
     yield
     site.write_inventories()
-
-
-def both(site: Site, tag: str) -> None:
-    """Bring ``tag`` to staging and production."""
-    site.promote(site.staging, tag).must_succeed()
-    site.promote(site.production, tag).must_succeed()
 
 
 def tree(folder: Path) -> dict[str, tuple[float, int]]:
@@ -46,8 +39,11 @@ def test_production_refuses_what_staging_never_committed(site: Site) -> None:
     assert site.production.release_count() == 0
 
 
-def test_first_release_to_staging_and_production(site: Site) -> None:
-    both(site, "sha-one")
+def test_first_release_to_staging_and_production(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each module packed and started on its own, as on a host that is not the controller.
+    monkeypatch.setenv("DELIVERY_IN_WORKER", "0")
+    site.promote(site.staging, "sha-one").must_succeed()
+    site.promote(site.production, "sha-one").must_succeed()
     assert site.staging.serving() == site.production.serving() == "sha-one"
     assert site.production.current() == "sha-one"
     assert site.production.data("migrations").split() == ["sha-one"]
@@ -64,9 +60,9 @@ def test_check_mode_shows_the_plan_and_changes_nothing(site: Site) -> None:
     assert site.production.serving() == "sha-one"
 
 
-def test_second_release_loses_no_request(site: Site) -> None:
+def test_second_release_from_a_starters_folder_loses_no_request(site: Site) -> None:
     with Load(site.production.port) as load:
-        site.promote(site.production, "sha-two").must_succeed()
+        site.promote_from_starter("sha-two").must_succeed()
     assert load.sent > 100 and load.lost == [], (load.sent, load.lost[:5])
     # Both serve between the moment the new one is let in and the moment the old one is drained.
     assert (load.versions[0], load.versions[-1], set(load.versions)) == ("sha-one", "sha-two", {"sha-one", "sha-two"})
@@ -79,13 +75,15 @@ def test_second_release_loses_no_request(site: Site) -> None:
 def test_same_tag_again_changes_nothing(site: Site) -> None:
     count, containers = site.production.release_count(), site.production.containers()
     again = site.promote(site.production, "sha-two").must_succeed()
-    assert "nothing changed" in again.output
+    assert "nothing changed" in again.output, again.output
     assert (site.production.release_count(), site.production.containers()) == (count, containers)
 
 
 def test_status_tells_what_ran(site: Site) -> None:
     table = site.run("status", site.production).must_succeed().output
     assert "sha-one" in table and "sha-two" in table and "committed" in table
+    assert json.loads((site.production.deploy_dir / "current" / "release.json").read_text())["result"] == "committed"
+    assert "sha-two" in site.run("status", site.staging).must_succeed().output
 
 
 # --- bad input: one clear message before anything changed ----------------------------------------------------------------
@@ -251,134 +249,34 @@ def test_override_of_a_gate_is_recorded_and_the_release_is_told(site: Site) -> N
     assert site.production.serving() == "sha-hotfix"
 
 
-# --- builds that turn out bad ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("tag", "web", "migrate", "fragments"),
-    [
-        ("sha-never", "never", "ok", ("not ready", "Runs now: sha-hotfix")),
-        ("sha-crash", "crash", "ok", ("cannot read its settings", "Runs now: sha-hotfix")),
-        ("sha-flap", "flap", "ok", ("Runs now: sha-hotfix",)),
-        ("sha-migratefail", "ok", "fail", ("column already exists", "Runs now: sha-hotfix")),
-        ("sha-migratehang", "ok", "hang", ("did not end within 5 s", "Runs now: sha-hotfix")),
-    ],
-)
-def test_bad_build_is_taken_back_while_the_old_one_serves(site: Site, tag: str, web: str, migrate: str, fragments: tuple[str, ...]) -> None:
-    site.build(tag, web=web, migrate=migrate)
-    before = site.production.containers()
-    with Load(site.production.port) as load:
-        site.promote(site.production, tag, "-e", "delivery_override_gates=testing").must_fail(*fragments)
-    assert load.lost == [] and load.versions == ["sha-hotfix"], (load.sent, load.lost[:5], load.versions)
-    assert site.production.containers() == before
-    assert site.production.newest()["result"] == "rolled_back"
-    assert site.production.current() == "sha-hotfix"
-    assert not (site.production.deploy_dir / "lock.json").exists()
-
-
-def test_breaking_migration_is_taken_back_with_its_data(site: Site) -> None:
-    rows = site.production.data("rows")
-    site.build("sha-damage", web="never", migrate="damage")
-    extra = ("-e", "delivery_migrations=breaking", "-e", "delivery_override_gates=testing")
-    site.promote(site.production, "sha-damage", *extra).must_fail("data goes back to the snapshot set", "Runs now: sha-hotfix")
-    assert site.production.data("rows") == rows != ""
-    assert site.production.serving() == "sha-hotfix"
-    kept = list((site.production.deploy_dir / "snapshots").glob("replaced-*.manifest.json"))
-    assert kept, "the damaged state was not kept"
-
-
-def test_compatible_migration_is_taken_back_without_its_data(site: Site) -> None:
-    site.build("sha-damage2", web="never", migrate="damage")
-    rows = site.production.data("rows")
-    site.promote(site.production, "sha-damage2", "-e", "delivery_override_gates=testing").must_fail("data stays")
-    assert site.production.data("rows").strip() == "damaged" != rows.strip()
-    assert site.production.serving() == "sha-hotfix"
-
-
-def test_registry_gone_between_resolve_and_pull(site: Site) -> None:
-    site.build("sha-lost")
-    process = subprocess.Popen(
-        site.command("promote", site.production, "-e", "tag=sha-lost", "-e", "delivery_override_gates=testing"),
-        env=site.environ(),
+def test_production_believes_only_signed_records_where_it_has_keys(site: Site) -> None:
+    """Staging attaches its record unsigned, then gets a key; promoting the same tag there again adds the proof."""
+    site.promote(site.staging, site.build("sha-signed")).must_succeed()
+    made = subprocess.run(
+        ["cosign", "generate-key-pair", "--output-key-prefix", "record"],
         cwd=site.folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        env={**os.environ, "COSIGN_PASSWORD": "password-of-the-key"},
+        capture_output=True,
         text=True,
+        check=False,
     )
-    count = site.production.release_count()
-    while process.poll() is None and site.production.release_count() == count:
-        time.sleep(0.005)
-    site.registry.stop()
-    try:
-        output = process.communicate(timeout=180)[0]
-    finally:
-        site.registry.start()
-    assert process.returncode != 0 and site.registry.address in output, output
-    assert site.production.serving() == "sha-hotfix" and site.production.newest()["result"] == "aborted"
+    assert made.returncode == 0, made.stderr
 
+    def believe(password: str) -> t.Callable[[dict[str, t.Any]], None]:
+        def change(variables: dict[str, t.Any]) -> None:
+            if variables["delivery_environment"] == "staging":
+                variables.update(delivery_record_key=str(site.folder / "record.key"), delivery_record_password=password)
+            else:
+                variables.update(delivery_record_keys=[(site.folder / "record.pub").read_text()])
 
-# --- the way back -----------------------------------------------------------------------------------------------------------
+        return change
 
-
-def test_rollback_without_argument_goes_to_the_release_before(site: Site) -> None:
-    with Load(site.production.port) as load:
-        site.run("rollback", site.production).must_succeed()
-    assert site.production.serving() == site.production.current() == "sha-two"
-    assert load.lost == [], load.lost[:5]
-    assert site.production.newest()["kind"] == "rollback"
-
-
-def test_rollback_to_a_tag(site: Site) -> None:
-    site.run("rollback", site.production, "-e", "tag=sha-one").must_succeed()
-    assert site.production.serving() == "sha-one"
-    site.run("rollback", site.production, "-e", "tag=sha-nobody").must_fail("was never committed here", "sha-two")
-
-
-def test_rollback_to_a_snapshot_set_brings_its_data(site: Site) -> None:
-    site.promote(site.production, "sha-two").must_succeed()
-    release = site.production.newest()
-    rows = site.production.data("rows")
-    assert rows.strip() == "damaged"  # since the compatible migration above
-    first = sorted((site.production.deploy_dir / "snapshots").glob("pre-promotion-two-*.manifest.json"))[0].name.removesuffix(
-        ".manifest.json"
-    )
-    site.run("rollback", site.production, "-e", f"snapshot={first}").must_succeed()
-    assert site.production.serving() == "sha-one"
-    assert site.production.data("rows").strip() == "row 1"
-    assert release["tag"] == "sha-two"
-
-
-def test_list_of_what_there_is(site: Site) -> None:
-    shown = site.run("rollback", site.production, "-e", "list=true").must_succeed().output
-    assert "sha-hotfix" in shown and "pre-promotion-two-" in shown
-
-
-def test_snapshot_and_restore_by_hand(site: Site) -> None:
-    site.run("snapshot", site.production).must_succeed()
-    taken = sorted((site.production.deploy_dir / "snapshots").glob("manual-*.manifest.json"))[-1]
-    volume = f"{site.production.project}_data"
-    write = ["docker", "run", "--rm", "-v", f"{volume}:/data", "shopfront-keeper:1", "/bin/sh", "-c", "echo other > /data/rows"]
-    subprocess.run(write, check=True)
-    site.run("restore", site.production, "-e", f"snapshot={taken.name.removesuffix('.manifest.json')}").must_succeed()
-    assert site.production.data("rows").strip() == "row 1"
-    assert site.production.serving() == "sha-one"
-
-
-def test_records_tell_the_history_in_the_registry(site: Site) -> None:
-    manifest = json.loads((site.production.deploy_dir / "current" / "release.json").read_text())
-    assert manifest["result"] == "committed"
-    shown = site.run("status", site.staging).must_succeed().output
-    assert "sha-two" in shown
-
-
-def test_same_tag_again_repairs_what_does_not_run(site: Site) -> None:
-    tag = site.production.current()
-    worker = next(name for name in site.production.containers() if "-worker-" in name)
-    subprocess.run(["docker", "rm", "--force", worker], check=True, stdout=subprocess.DEVNULL)
-    with Load(site.production.port) as load:
-        repaired = site.promote(site.production, tag, "-e", "delivery_override_gates=testing").must_succeed()
-    assert "something else runs" in repaired.output
-    running = site.production.containers(all_of_them=False)
-    assert len(running) == 3 and any("-worker-" in name for name in running), running
-    assert load.lost == [] and site.production.serving() == tag
+    site.write_inventories(believe("another-password"))
+    _refused(site, "sha-signed", "has records of staging, but none of them was signed")
+    count = site.staging.release_count()
+    refused = site.promote(site.staging, "sha-signed").must_fail("Check the key and its password")
+    assert site.staging.release_count() == count and "another-password" not in refused.output
+    site.write_inventories(believe("password-of-the-key"))
+    site.promote(site.staging, "sha-signed").must_succeed()
+    site.promote(site.production, "sha-signed").must_succeed()
+    assert site.production.serving() == "sha-signed"

@@ -71,11 +71,17 @@ class Registry:
                 self.stop()
                 raise RuntimeError(f"the registry did not start:\n{log.read_text(errors='replace')}")
             time.sleep(0.02)
+        self._keep_address()
+
+    def _keep_address(self) -> None:
         self._config["http"]["addr"] = self.address
+
+    #: How it tells its port.
+    _listening = r"listening on (?:127\.0\.0\.1|\[::\]):(\d+)"
 
     def _answers(self, log: str) -> bool:
         # It chose its port itself, so no other process can have taken it meanwhile.
-        match = re.search(r"listening on (?:127\.0\.0\.1|\[::\]):(\d+)", log)
+        match = re.search(self._listening, log)
         if not match:
             return False
         self.address = f"127.0.0.1:{match.group(1)}"
@@ -128,6 +134,30 @@ class Registry:
         return {str(path.relative_to(self.storage)): path.read_bytes() for path in sorted(self.storage.rglob("*")) if path.is_file()}
 
 
+class Zot(Registry):
+    """The registry zot: another implementation, with the referrers API. Its files lie elsewhere; what reads them does not work here."""
+
+    _listening = r'kernel chosen port","port":(\d+)'
+
+    def _keep_address(self) -> None:
+        """It is not started again."""
+
+
+def start_zot(directory: Path) -> Zot:
+    """Start zot in the new ``directory``, without users and TLS. Where it is not on PATH, the test is skipped, and that is said."""
+    program = shutil.which("zot")
+    if program is None:
+        pytest.skip("MISSING PROGRAM zot: no package of Debian has it; put zot 2 on PATH to test a registry with the referrers API")
+    directory.mkdir(parents=True)
+    config = {
+        "distSpecVersion": "1.1.1",
+        "storage": {"rootDirectory": str(directory / "storage"), "gc": False},
+        "http": {"address": "127.0.0.1", "port": "0", "compat": ["docker2s2"]},
+        "log": {"level": "info"},
+    }
+    return Zot(directory, config, False, False, program)
+
+
 def start_registry(
     directory: Path,
     htpasswd: bool = False,
@@ -136,13 +166,14 @@ def start_registry(
     token: dict[str, str] | None = None,
     cache: bool = False,
     program: str | None = None,
+    also: str = "",
 ) -> Registry:
     """Start a registry in the new ``directory``, with deletion enabled.
 
     ``htpasswd``: user and password are ``USERNAME`` and ``PASSWORD``. ``tls``: with a certificate for 127.0.0.1 and localhost by a CA of
     its own. ``relative_urls``: uploads are answered without a host. ``token``: the ``auth.token`` section of its configuration.
     ``cache``: descriptors are kept in memory, as most installations do; such a registry answers HEAD for blobs that are gone.
-    ``program``: one of :func:`programs`, by default the first.
+    ``program``: one of :func:`programs`, by default the first. ``also``: another address of this machine that it is reached at.
     """
     directory.mkdir(parents=True)
     (directory / "storage").mkdir()
@@ -150,7 +181,7 @@ def start_registry(
         "version": 0.1,
         "log": {"level": "info", "accesslog": {"disabled": False}},
         "storage": {"filesystem": {"rootdirectory": str(directory / "storage")}, "delete": {"enabled": True}},
-        "http": {"addr": "127.0.0.1:0", "relativeurls": relative_urls},
+        "http": {"addr": ":0" if also else "127.0.0.1:0", "relativeurls": relative_urls},
     }
     if cache:
         config["storage"]["cache"] = {"blobdescriptor": "inmemory"}
@@ -162,13 +193,13 @@ def start_registry(
     if token:
         config["auth"] = {"token": token}
     if tls:
-        make_certificate(directory)
+        make_certificate(directory, also)
         config["http"]["tls"] = {"certificate": str(directory / "server.pem"), "key": str(directory / "server.key")}
     return Registry(directory, config, tls, htpasswd, program)
 
 
-def make_certificate(directory: Path) -> None:
-    """``ca.pem``, ``server.pem`` and ``server.key`` for 127.0.0.1 and localhost."""
+def make_certificate(directory: Path, also: str = "") -> None:
+    """``ca.pem``, ``server.pem`` and ``server.key`` for 127.0.0.1, localhost and the address ``also``."""
     _need("openssl", "openssl")
 
     def openssl(*arguments: str) -> None:
@@ -177,7 +208,7 @@ def make_certificate(directory: Path) -> None:
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     openssl("req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", f"/CN=test CA {os.urandom(4).hex()}")
     openssl("req", *curve, "-keyout", "server.key", "-out", "server.csr", "-subj", "/CN=localhost")
-    (directory / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    (directory / "san").write_text(f"subjectAltName=DNS:localhost,IP:127.0.0.1{f',IP:{also}' if also else ''}\n")
     openssl(
         "x509",
         "-req",

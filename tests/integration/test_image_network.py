@@ -11,6 +11,7 @@ import select
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import typing as t
 from pathlib import Path
@@ -39,12 +40,15 @@ from test_images import (  # noqa: F401 # pylint: disable=unused-import
     token_server,
 )
 
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import Descriptor
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.records import RECORD_TYPE
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import digest_of
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import attach, list_referrers
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from measure import Counter  # noqa: E402
+
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient  # noqa: E402
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import Descriptor  # noqa: E402
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions  # noqa: E402
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.records import RECORD_TYPE  # noqa: E402
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import digest_of  # noqa: E402
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import attach, list_referrers  # noqa: E402
 
 Call = t.Callable[..., Result]
 Front = t.Callable[..., "HAProxy"]
@@ -355,3 +359,23 @@ def test_tokens_that_end_in_the_middle_of_a_copy(
     assert held and [moment for moment in issued if moment > held[0]], "no token was renewed"
     tokens.lifetime = 300
     assert_whole(RegistryClient(b.address, ClientOptions(**login, plain_http=True)), "app", "sha-abc", image.digest)
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
+
+
+def test_a_registry_gets_no_more_questions_at_a_time_than_concurrency_says(registries: Start, call: Call) -> None:
+    a, b = registries(), registries()
+    for number in range(9):
+        image = push_image(client_of(a), f"app{number}", "sha-abc", [os.urandom(1000) for _layer in range(6)])
+        attach(client_of(a), f"app{number}", image.descriptor(), RECORD_TYPE, b"{}")
+    counters = Counter(0.02), Counter(0.02)
+    source, destination = (counter.proxy(registry.address) for counter, registry in zip(counters, (a, b)))
+    images = [{"source": f"{source}/app{number}:sha-abc", "destination": f"{destination}/app{number}"} for number in range(9)]
+    done = call("image_promote", images=images, plain_http=True, concurrency=3)
+    assert done.get("changed"), done
+    for counter in counters:
+        requests = counter.take()
+        counter.close()
+        together = [[line for begin, end, line in requests if begin <= moment < end] for moment, _end, _line in requests]
+        assert len(max(together, key=len)) == 3, max(together, key=len)

@@ -53,11 +53,11 @@ class Signing:
     def path(self, name: str) -> str:
         return str(self.directory / name)
 
-    def cosign(self, *arguments: str) -> str:
+    def cosign(self, *arguments: str, password: str = "") -> str:
         done = subprocess.run(
             ["cosign", *arguments],
             cwd=self.directory,
-            env={**os.environ, "COSIGN_PASSWORD": "", "COSIGN_YES": "true", "HOME": str(self.directory)},
+            env={**os.environ, "COSIGN_PASSWORD": password, "COSIGN_YES": "true", "HOME": str(self.directory)},
             capture_output=True,
             text=True,
             check=False,
@@ -288,7 +288,9 @@ def test_a_proof_of_the_log_is_asked_for_unless_told_otherwise(
     asked = wish(registry, image[0], key=signing.path("ours.pub"), trusted_root=signing.trusted_root)
     assert call("image_verify", **asked)["images"][0]["verified"]
     asked["insecure_ignore_tlog"] = False
-    assert_refused(call("image_verify", **asked), "policy", "1 signature found", "no proof of a transparency log", "insecure_ignore_tlog")
+    assert_refused(
+        call("image_verify", **asked), "policy", "1 signature found", "no proof of a trusted transparency log", "insecure_ignore_tlog"
+    )
 
 
 # -- attestations --------------------------------------------------------------------------------------------------

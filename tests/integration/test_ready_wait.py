@@ -19,9 +19,11 @@ import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from grpc_fixture import make_certificate, start_grpc
 
 from ansible_collections.selfhost.delivery.plugins.module_utils import errors
 
@@ -59,6 +61,11 @@ def ready_wait(*checks, check_mode=False, **options):
 
 
 class App(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        self.send_response(303)
+        self.send_header("Location", self.path)
+        self.end_headers()
+
     def do_GET(self):
         status, body = self.server.answer(self.path, self.headers)
         self.send_response(status)
@@ -76,6 +83,7 @@ class App(http.server.BaseHTTPRequestHandler):
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, address, unix=False, context=None):
         if unix:
@@ -126,6 +134,15 @@ def test_http_query_tcp_and_command_side_by_side(app, tmp_path):
     assert 0 < result["checks"]["http"]["ready_after"] <= result["elapsed"] <= time.monotonic() - started
 
 
+def test_a_hundred_checks_in_one_task(app):
+    asked = Counter()
+    app.answer = lambda path, headers: (asked.update([path]), (200 if asked[path] > 2 else 503, '{"version": "sha-1"}'))[1]
+    paths = [f"/{number}" for number in range(100)]
+    result = ready_wait(*({"name": path, "http": {"url": app.url + path, "query": "version == 'sha-1'"}} for path in paths), timeout=60)
+    assert result["ready"]
+    assert {path for path, entry in result["checks"].items() if entry["attempts"] > 2} == set(paths)
+
+
 def test_each_reason_is_told(app, tmp_path):
     closed = socket.socket()
     closed.bind(("127.0.0.1", 0))  # bound and not listening: refuses
@@ -134,12 +151,15 @@ def test_each_reason_is_told(app, tmp_path):
         "/busy": (503, "database\nis starting"),
         "/version": (200, '{"version": "sha-1"}'),
         "/html": (200, "<html>"),
+        "/big": (200, json.dumps({"version": "sha-1" * 2**18})),
         "/moved": (302, "/busy"),
     }[path]
     result = ready_wait(
         {"name": "busy", "http": {"url": app.url + "/busy"}},
         {"name": "version", "http": {"url": app.url + "/version", "query": "version == 'sha-2'"}},
         {"name": "html", "http": {"url": app.url + "/html", "query": "version"}},
+        {"name": "big", "http": {"url": app.url + "/big", "query": "version"}},
+        {"name": "unread", "http": {"url": app.url + "/big"}},
         {"name": "moved", "http": {"url": app.url + "/moved"}},
         {"name": "followed", "http": {"url": app.url + "/moved", "follow_redirects": True}},
         {"name": "refused", "http": {"url": f"http://me:hunter2@127.0.0.1:{port}/"}},
@@ -154,6 +174,8 @@ def test_each_reason_is_told(app, tmp_path):
         "busy": f'HTTP 503 from {app.url}/busy: body starts "database is starting"',
         "version": "JMESPath `version == 'sha-2'` was false, version is \"sha-1\"",
         "html": f'HTTP 200 from {app.url}/html, but the body is not JSON: it starts "<html>"',
+        "big": f"HTTP 200 from {app.url}/big, but its body is longer than 1048576 bytes",
+        "unread": None,
         "moved": f'HTTP 302 from {app.url}/moved: body starts "/busy"',
         "followed": f'HTTP 503 from {app.url}/busy: body starts "database is starting"',
         "refused": f"connection refused by 127.0.0.1:{port}",
@@ -162,7 +184,7 @@ def test_each_reason_is_told(app, tmp_path):
         "accepted": None,
     }
     assert result["failure_class"] == "not_ready"
-    assert "1 of 9 ready" in result["msg"]
+    assert "2 of 11 ready" in result["msg"]
     assert all(reason in result["msg"] for reason in said.values() if reason)
     assert "hunter2" not in json.dumps(result)
 
@@ -182,25 +204,231 @@ def test_headers_and_tokens_arrive_and_do_not_follow_to_another_host(app):
     assert "Authorization" not in seen[1]
 
 
-def test_certificates_are_checked_unless_told_otherwise(tmp_path):
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1"
-    subprocess.run([*command.split(), "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+@pytest.fixture
+def secure_app(tmp_path):
+    """An app that speaks TLS, with a certificate for two names, and the file of it."""
+    make_certificate(tmp_path, "DNS:localhost,DNS:shop.example.com")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     server = Server(("127.0.0.1", 0), context=context)
-    url = server.url.replace("http:", "https:")
-    result = ready_wait(
-        {"name": "untrusted", "http": {"url": url}},
-        {"name": "trusted", "http": {"url": url, "ca_path": str(certificate)}},
-        {"name": "unchecked", "http": {"url": url, "validate_certs": False}},
-        timeout=3,
-    )
+    server.certificate = str(tmp_path / "cert.pem")
+    yield server
     server.shutdown()
     server.server_close()
-    assert "is not trusted: self-signed certificate" in result["checks"]["untrusted"]["last_error"]
-    assert result["checks"]["trusted"]["ready"]
-    assert result["checks"]["unchecked"]["ready"]
+
+
+def test_certificates_are_checked_unless_told_otherwise(app, secure_app):
+    port = secure_app.server_address[1]
+    by_name, by_number = f"https://localhost:{port}", f"https://127.0.0.1:{port}"
+    trusted = {"ca_path": secure_app.certificate}
+    app.answer = lambda path, headers: (302, by_name)
+    result = ready_wait(
+        {"name": "untrusted", "http": {"url": by_name}},
+        {"name": "trusted", "http": {"url": by_name, **trusted}},
+        {"name": "unchecked", "http": {"url": by_number, "validate_certs": False}},
+        {"name": "other name", "http": {"url": by_number, **trusted}},
+        {"name": "told name", "http": {"url": by_number, **trusted, "server_name": "shop.example.com"}},
+        {"name": "wrong name", "http": {"url": by_number, **trusted, "server_name": "example.org"}},
+        {"name": "sent there", "http": {"url": app.url, **trusted, "follow_redirects": True}},
+        {"name": "plain", "http": {"url": app.url.replace("http:", "https:")}},
+        timeout=3,
+    )
+    said = {name: entry["last_error"] for name, entry in result["checks"].items()}
+    assert "is not trusted: self-signed certificate" in said.pop("untrusted")
+    assert "is not trusted: IP address mismatch" in said.pop("other name")
+    assert "is not trusted: Hostname mismatch, certificate is not valid for 'example.org'" in said.pop("wrong name")
+    assert said.pop("plain") == f"127.0.0.1:{app.server_address[1]} does not speak TLS"
+    assert said == {"trusted": None, "unchecked": None, "told name": None, "sent there": None}
+
+
+def test_redirects_end(app):
+    there = {"/loop": "/loop", "/out": "ftp://example.com/", "/bad": "http://[bad", "/once": "/ready"}
+    app.answer = lambda path, headers: (302, there[path]) if path in there else (200, "")
+    follow = {"follow_redirects": True}
+    checks = [{"name": path, "http": {"url": app.url + path, **follow}} for path in there]
+    # Sent on with 303, what was a POST is a GET.
+    checks.append({"name": "posted", "http": {"url": app.url + "/ready", "method": "POST", **follow}})
+    result = ready_wait(*checks, timeout=2)
+    assert result["checks"]["posted"]["ready"]
+    assert {path: result["checks"][path]["last_error"] for path in there} == {
+        "/loop": f"more than 5 redirects from {app.url}/loop",
+        "/out": f'HTTP 302 from {app.url}/out leads to "ftp://example.com/", which is not http',
+        "/bad": f'HTTP 302 from {app.url}/bad leads to "http://[bad", which is not http',
+        "/once": None,
+    }
+
+
+class Raw:
+    """A peer that misbehaves: ``serve`` gets each connection in a thread of its own."""
+
+    def __init__(self, serve):
+        self.serve = serve
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _address = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._one, args=(connection,), daemon=True).start()
+
+    def _one(self, connection):
+        with connection:
+            try:
+                self.serve(connection)
+            except OSError:
+                pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_exc):
+        self.listener.close()
+
+
+def drip(beginning, data):
+    def serve(connection):
+        connection.sendall(beginning)
+        for byte in data:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    return serve
+
+
+def test_a_try_ends_however_slowly_it_is_answered():
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n"
+    header, body = Raw(drip(head, b"X: " + b"a" * 500)), Raw(drip(head + b"\r\n", b"a" * 500))
+    mute = Raw(lambda connection: list(iter(lambda: connection.recv(999), b"")))
+    with header, body, mute:
+        result = ready_wait(
+            {"name": "header", "http": {"url": f"http://127.0.0.1:{header.port}", "timeout": 0.3}},
+            {"name": "body", "http": {"url": f"http://127.0.0.1:{body.port}", "timeout": 0.3, "query": "ready"}},
+            {"name": "mute", "http": {"url": f"http://127.0.0.1:{mute.port}", "timeout": 0.3}},
+            {"name": "grpc", "grpc": {"host": "127.0.0.1", "port": mute.port, "timeout": 0.3}},
+            timeout=2,
+        )
+    said = {name: entry["last_error"] for name, entry in result["checks"].items()}
+    assert said["header"] == f"no answer from 127.0.0.1:{header.port} within 0.3 s"
+    assert f"HTTP 200 from http://127.0.0.1:{body.port}, but its body did not end within 0.3 s" in said["body"]
+    assert said["mute"] == f"no answer from 127.0.0.1:{mute.port} within 0.3 s"
+    assert said["grpc"] == f"127.0.0.1:{mute.port} took the connection and did not answer in gRPC within 0.3 s"
+    assert all(entry["attempts"] > 1 for entry in result["checks"].values())
+
+
+def test_a_check_that_hangs_does_not_delay_the_others(app):
+    # The one that hangs is only let go by the tries of the other.
+    asked = threading.Semaphore(0)
+
+    def hang(connection):
+        for _try in range(3):
+            asked.acquire()
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    done = []
+
+    def answer(path, headers):
+        asked.release()
+        done.append(path)
+        return (200, "") if len(done) > 3 else (503, "")
+
+    app.answer = answer
+    with Raw(hang) as server:
+        result = ready_wait(
+            {"name": "hangs", "http": {"url": f"http://127.0.0.1:{server.port}", "timeout": 60}},
+            {"name": "other", "http": {"url": app.url}},
+            timeout=60,
+        )
+    assert result["ready"]
+    assert result["checks"]["hangs"]["attempts"] == 1
+
+
+def test_unix_sockets_and_what_is_told_of_those_that_are_not_there(tmp_path):
+    path = str(tmp_path / "app.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        result = ready_wait(
+            {"name": "there", "tcp": {"unix_socket": path}}, {"name": "absent", "tcp": {"unix_socket": path + "x"}}, timeout=1
+        )
+    assert {name: entry["last_error"] for name, entry in result["checks"].items()} == {"there": None, "absent": f"no socket {path}x"}
+
+
+def test_a_secret_with_a_line_end_is_refused_unseen(app):
+    result = ready_wait({"name": "a", "http": {"url": app.url, "bearer_token": "tokentokentoken\n"}})
+    assert result["failure_class"] == "config"
+    assert "checks[0].http.bearer_token: holds a line end" in result["msg"]
+    assert "tokentokentoken" not in result["msg"]
+
+
+@pytest.fixture(scope="module")
+def grpc(tmp_path_factory):
+    with start_grpc(tmp_path_factory.mktemp("grpc")) as made:
+        yield made
+
+
+def test_grpc_health_over_tcp_tls_and_a_unix_socket(grpc):
+    secure = {"host": "127.0.0.1", "port": grpc.tls, "tls": True}
+    result = ready_wait(
+        {"name": "server", "grpc": {"host": "127.0.0.1", "port": grpc.plain}},
+        {"name": "service", "grpc": {"host": "localhost", "port": grpc.plain, "service": "shop.v1.Orders"}},
+        {"name": "late", "grpc": {"host": "127.0.0.1", "port": grpc.plain, "service": "shop.v1.Late"}, "stable": 2},
+        {"name": "socket", "grpc": {"unix_socket": grpc.socket, "service": "shop.v1.Orders"}},
+        {"name": "own CA", "grpc": {**secure, "ca_path": grpc.certificate, "server_name": "orders.example.com"}},
+        {"name": "unchecked", "grpc": {**secure, "validate_certs": False, "service": "shop.v1.Orders"}},
+    )
+    assert result["ready"]
+    assert result["checks"]["late"]["attempts"] == 5
+
+
+def test_why_a_grpc_server_is_not_ready(app, secure_app, grpc):
+    here = {"host": "127.0.0.1", "port": grpc.plain}
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        refused = closed.getsockname()[1]
+        result = ready_wait(
+            {"name": "not serving", "grpc": {**here, "service": "shop.v1.Stock"}},
+            {"name": "unknown", "grpc": {**here, "service": "shop.v1.Nothing"}},
+            {"name": "bare", "grpc": {**here, "port": grpc.bare}},
+            {"name": "refused", "grpc": {**here, "port": refused}},
+            {"name": "web", "grpc": {**here, "port": app.server_address[1]}},
+            {"name": "web in TLS", "grpc": {**here, "port": secure_app.server_address[1], "tls": True, "validate_certs": False}},
+            {"name": "no TLS", "grpc": {**here, "tls": True}},
+            {"name": "TLS", "grpc": {**here, "port": grpc.tls}},
+            {"name": "untrusted", "grpc": {**here, "port": grpc.tls, "tls": True}},
+            {"name": "other name", "grpc": {**here, "port": grpc.tls, "tls": True, "ca_path": grpc.certificate}},
+            timeout=3,
+        )
+    said = {name: entry["last_error"] for name, entry in result["checks"].items()}
+    tls = f"127.0.0.1:{grpc.tls}"
+    assert "is not trusted: self-signed certificate" in said.pop("untrusted")
+    assert "is not trusted: IP address mismatch" in said.pop("other name")
+    # A server that gets what is no TLS says so in TLS, or just hangs up.
+    assert said.pop("TLS") in (f"{tls} speaks TLS: set tls to true", f"{tls} closed the connection without an answer")
+    assert said == {
+        "not serving": f'service "shop.v1.Stock" is NOT_SERVING at 127.0.0.1:{grpc.plain}',
+        "unknown": f'the health service of 127.0.0.1:{grpc.plain} does not know service "shop.v1.Nothing"',
+        "bare": f'127.0.0.1:{grpc.bare} has no health service (grpc.health.v1.Health): "Method not found!"',
+        "refused": f"connection refused by 127.0.0.1:{refused}",
+        "web": f'127.0.0.1:{app.server_address[1]} speaks no HTTP/2, and gRPC needs HTTP/2: its answer starts "<!DOCTYPE HTML>"',
+        "web in TLS": f"127.0.0.1:{secure_app.server_address[1]} speaks TLS, but not HTTP/2 in it (no h2 in its ALPN), which gRPC needs",
+        "no TLS": f"127.0.0.1:{grpc.plain} does not speak TLS",
+    }
+
+
+def test_http_at_another_address_keeps_the_name(app):
+    app.answer = lambda path, headers: (200 if headers["Host"] == "shop.example.com" else 400, "")
+    port = app.server_address[1]
+    result = ready_wait(
+        {"name": "there", "http": {"url": "http://shop.example.com/ready", "connect_to": f"127.0.0.1:{port}"}},
+        {"name": "nowhere", "http": {"url": "http://shop.example.com/ready", "connect_to": "127.0.0.1:1"}},
+        timeout=1,
+    )
+    assert result["checks"]["there"]["ready"]
+    assert result["checks"]["nowhere"]["last_error"] == "connection refused by 127.0.0.1:1"
 
 
 def test_http_over_a_unix_socket(tmp_path):
@@ -321,6 +549,42 @@ def test_an_unhealthy_container_tells_what_its_check_said(container):
         assert time.monotonic() < deadline
     result = ready_wait({"name": "web", "container": {"name": name}}, timeout=1)
     assert result["checks"]["web"]["last_error"].endswith('is unhealthy, its health check ended with 1 and says "queue is full"')
+
+
+def test_a_line_in_the_log(container):
+    # The first line is there before the engine has noted the start; the second run has none.
+    name = container("test -e /again || echo ready at once; : > /again; sleep 0.3; echo ready $((1 + 1)) >&2; exec sleep 600")
+    first = ready_wait(
+        {"name": "first", "log": {"container": name, "pattern": "^ready at once$"}},
+        {"name": "second", "log": {"container": name, "pattern": r"ready \d"}, "stable": 2},
+    )
+    assert first["ready"]
+    docker("restart", "--time", "0", name)
+    result = ready_wait(
+        {"name": "first", "log": {"container": name, "pattern": "^ready at once$"}},
+        {"name": "second", "log": {"container": name, "pattern": r"ready \d"}},
+        timeout=2,
+    )
+    assert result["checks"]["second"]["ready"]
+    assert (
+        result["checks"]["first"]["last_error"]
+        == f"no line in the log of container {name} has '^ready at once$'; lines so far: 1, the last \"ready 2\""
+    )
+
+
+def test_a_log_with_a_terminal_and_one_that_is_not_kept(container):
+    terminal = container("echo up; exec sleep 600", "--tty")
+    assert ready_wait({"name": "web", "log": {"container": terminal, "pattern": "^up$"}})["ready"]
+    silent = container("echo up; exec sleep 600", "--log-driver", "none")
+    result = ready_wait({"name": "web", "log": {"container": silent, "pattern": "^up$"}}, timeout=FOREVER)
+    assert f"the log of container {silent} cannot be read" in result["checks"]["web"]["last_error"]
+    assert "given up early" in result["msg"]
+
+
+def test_a_container_that_exits_before_its_line_comes(container):
+    name = container("sleep 1; echo no licence; exit 4")
+    result = ready_wait({"name": "web", "log": {"container": name, "pattern": "ready"}}, timeout=FOREVER)
+    assert f"container {name} exited with code 4; last log lines:\nno licence" in result["msg"]
 
 
 def test_no_engine_is_told(tmp_path):

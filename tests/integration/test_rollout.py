@@ -6,354 +6,24 @@
 
 from __future__ import annotations
 
-import http.client
-import io
-import itertools
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
-import tarfile
-import threading
 import time
 import typing as t
 from pathlib import Path
 
 import pytest
-from registry_fixture import start_registry
+from grpc_fixture import start_grpc
+from rollout_fixture import Load, Proxy, Site, kill_at, lines_of
 
-from ansible_collections.selfhost.delivery.plugins.module_utils.engine import PROJECT_LABEL, SERVICE_LABEL, Engine
-from ansible_collections.selfhost.delivery.plugins.module_utils.releases import fold
+from ansible_collections.selfhost.delivery.plugins.module_utils.releases import Journal, fold, process_started
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import MARKER, _marked
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import read_confirm
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import edge_from
-
-MODULE = Path(__file__).resolve().parents[2] / "plugins/modules/compose_rollout.py"
-COLLECTIONS = Path(__file__).resolve().parents[2] / ".cache/collections"
-_numbers = itertools.count(1)
-
-#: What the images do: `web` and `worker` run, `migrate` ends; BEHAVE says which of them misbehaves.
-APP = """\
-case "$1-$BEHAVE" in
-  web-crash) echo "line one"; echo "no config: giving up" >&2; exit 3;;
-  migrate-failing) echo "ALTER TABLE"; echo "column exists" >&2; exit 7;;
-  migrate-hanging) echo "waiting for a lock";;
-  migrate-*) echo "$VERSION" >> /data/migrated; exit 0;;
-esac
-trap 'kill $child; exit 0' TERM
-if [ "$1" = web ]; then
-  mkdir -p /www/api; echo "$VERSION" > /www/index.html
-  [ "$BEHAVE" = never ] || echo "$VERSION" > /www/api/ready
-  httpd -f -p 8080 -h /www & child=$!
-else
-  sleep 100000 & child=$!
-fi
-wait
-"""
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[dict[str, str]]:
-    """Name to ``repository@digest`` in a real registry; removed from the engine, so that a rollout has to pull them."""
-    for program in ("docker", "busybox"):
-        if not shutil.which(program):
-            pytest.fail(f"this test needs the program {program} (busybox: the package busybox-static)")
-    registry = start_registry(tmp_path_factory.mktemp("registry") / "r")
-    found = {}
-    try:
-        for name in ("one", "two", "never", "crash", "failing", "hanging"):
-            reference = f"{registry.address}/rollout-test/app:{name}"
-            changes = [f"ENV VERSION={name} BEHAVE={name} PATH=/bin", 'ENTRYPOINT ["/bin/sh", "/app.sh"]']
-            argv = ["docker", "import", *(word for change in changes for word in ("-c", change)), "-", reference]
-            _docker(argv, _root_filesystem(name))
-            _docker(["docker", "push", reference])
-            details = Engine().image(reference)
-            assert details
-            found[name] = details["RepoDigests"][0]
-            _docker(["docker", "image", "rm", "-f", details["Id"]])
-        yield found
-    finally:
-        for reference in found.values():
-            subprocess.run(["docker", "image", "rm", "-f", reference], check=False, capture_output=True)
-        registry.stop()
-
-
-def _docker(argv: list[str], content: bytes | None = None) -> None:
-    result = subprocess.run(argv, input=content, capture_output=True, check=False)
-    assert result.returncode == 0, f"{argv}: {result.stderr.decode()}"
-
-
-def _root_filesystem(name: str) -> bytes:
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as archive:
-        for folder in ("bin", "tmp", "data", "www"):
-            entry = tarfile.TarInfo(folder)
-            entry.type, entry.mode = tarfile.DIRTYPE, 0o777
-            archive.addfile(entry)
-        archive.add(os.path.realpath(str(shutil.which("busybox"))), "bin/busybox")
-        for applet in ("sh", "sleep", "httpd", "mkdir"):
-            entry = tarfile.TarInfo(f"bin/{applet}")
-            entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
-            archive.addfile(entry)
-        for path, text in (("app.sh", APP), ("build", name)):
-            entry = tarfile.TarInfo(path)
-            entry.size = len(text.encode())
-            archive.addfile(entry, io.BytesIO(text.encode()))
-    return content.getvalue()
-
-
-class Site:
-    """One app on one host: its deploy dir, its project, and the module called on it."""
-
-    def __init__(self, folder: Path, images: dict[str, str]) -> None:
-        self.project = f"rollout{os.getpid()}n{next(_numbers)}"
-        self.folder = folder
-        self.images = images
-        self.engine = Engine()
-        self.edge: dict[str, t.Any] = {"type": "none"}
-        self.compose = {
-            "services": {
-                "web": {"image": "${APP_IMAGE}", "command": ["web"], "depends_on": ["db"]},
-                "worker": {"image": "${APP_IMAGE}", "command": ["worker"], "restart": "always"},
-                "migrate": {"image": "${APP_IMAGE}", "command": ["migrate"], "profiles": ["migrate"], "volumes": ["data:/data"]},
-                "db": {"image": images["one"], "command": ["db"], "volumes": ["data:/data"]},
-            },
-            "volumes": {"data": {}},
-        }
-        self.services: dict[str, t.Any] = {
-            "web": {"port": 8080, "ready": {"http": "/api/ready"}, "ready_timeout": 20, "stop_timeout": 5},
-            "worker": {"stop_timeout": 5},
-        }
-        self.options: dict[str, t.Any] = {}
-        (folder / "releases").mkdir(parents=True)
-        (folder / ".env").write_text("SETTING=1\n")
-        (folder / ".env").chmod(0o600)
-
-    def release(self, name: str, release_id: str = "") -> dict[str, t.Any]:
-        """Write the folder of a release that runs image ``name``; the module's options."""
-        release_id = release_id or f"{next(_numbers):04d}-{name}"
-        folder = self.folder / "releases" / release_id
-        folder.mkdir(exist_ok=True)
-        (folder / "compose.yaml").write_text(json.dumps(self.compose))
-        (folder / "deploy.env").write_text(f"APP_IMAGE={self.images[name]}\n")
-        (folder / "deploy.env").chmod(0o600)
-        return {
-            "project_dir": str(self.folder),
-            "project": self.project,
-            "release_id": release_id,
-            "files": [str(folder / "compose.yaml")],
-            "env_files": [str(self.folder / ".env")],
-            "deploy_env": str(folder / "deploy.env"),
-            "images": {service: self.images[name] for service in ("web", "worker", "migrate") if service in self.compose["services"]},
-            "services": self.services,
-            "migrator": {"service": "migrate", "timeout": 20},
-            "routes": {"web": 8080},
-            "edge": self.edge,
-            **self.options,
-        }
-
-    def start(self, PATH: str = os.environ["PATH"], **options: t.Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(COLLECTIONS), "PYTHONDONTWRITEBYTECODE": "1"}
-        # As Ansible's own wrapper does it, but in a process whose id is known.
-        code = (
-            "import json, sys\n"
-            "from ansible.module_utils import basic\n"
-            "from ansible.module_utils.testing import patch_module_args\n"
-            "from ansible_collections.selfhost.delivery.plugins.modules import compose_rollout\n"
-            "with patch_module_args(json.load(sys.stdin)):\n"
-            "    compose_rollout.main()\n"
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(options))
-        process.stdin.close()
-        process.stdin = None
-        return process
-
-    def call(self, **options: t.Any) -> dict[str, t.Any]:
-        out, err = self.start(**options).communicate(timeout=180)
-        assert out.strip(), err
-        return json.loads(out.strip().splitlines()[-1])
-
-    def ok(self, **options: t.Any) -> dict[str, t.Any]:
-        result = self.call(**options)
-        assert not result.get("failed"), result
-        return result
-
-    def commit(self, release: dict[str, t.Any]) -> None:
-        self.ok(state="finished", project_dir=str(self.folder), release_id=release["release_id"])
-        link = self.folder / "current"
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"releases/{release['release_id']}")
-
-    def deploy(self, name: str) -> dict[str, t.Any]:
-        release = self.release(name)
-        self.ok(**release)
-        self.commit(release)
-        return release
-
-    def revert(self, release: dict[str, t.Any], **more: t.Any) -> dict[str, t.Any]:
-        return self.ok(state="reverted", project_dir=str(self.folder), release_id=release["release_id"], **more)
-
-    def containers(self, service: str | None = None, running: bool | None = None) -> list[str]:
-        labels: dict[str, str | None] = {PROJECT_LABEL: self.project}
-        if service:
-            labels[SERVICE_LABEL] = service
-        found = self.engine.containers(labels)
-        return sorted(one["Id"] for one in found if running is None or (one["State"] == "running") == running)
-
-    def journal(self, release: dict[str, t.Any]) -> list[dict[str, t.Any]]:
-        path = self.folder / "releases" / release["release_id"] / "journal.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def answers(self, path: str = "/api/ready") -> str:
-        """What the one running web container says."""
-        (container,) = self.containers("web", running=True)
-        networks = self.engine.inspect(container)["NetworkSettings"]["Networks"]
-        address = networks[f"{self.project}_default"]["IPAddress"]
-        connection = http.client.HTTPConnection(address, 8080, timeout=5)
-        connection.request("GET", path)
-        return connection.getresponse().read().decode().strip()
-
-    def migrated(self) -> list[str]:
-        code, text = self.engine.exec(self.containers("db", running=True)[0], ["/bin/busybox", "cat", "/data/migrated"])
-        return text.split() if code == 0 else []
-
-    def clean(self) -> None:
-        for container in self.containers():
-            self.engine.remove(container, force=True, volumes=True)
-        for kind in ("network", "volume"):
-            argv = ["docker", kind, "ls", "-q", "--filter", f"label={PROJECT_LABEL}={self.project}"]
-            for name in subprocess.run(argv, check=True, capture_output=True, text=True).stdout.split():
-                subprocess.run(["docker", kind, "rm", name], check=True, capture_output=True)
-
-
-@pytest.fixture
-def site(tmp_path: Path, images: dict[str, str]) -> t.Iterator[Site]:
-    made = Site(tmp_path / "deploy", images)
-    try:
-        yield made
-    finally:
-        made.clean()
-
-
-class Proxy:
-    """A real HAProxy with the backend of the site's web service."""
-
-    def __init__(self, folder: Path, project: str) -> None:
-        if not shutil.which("haproxy"):
-            pytest.fail("this test needs the program haproxy, 2.6 or newer")
-        self.folder = folder
-        folder.mkdir()
-        (folder / "hold.map").write_text("")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.backend = f"{project}-web"
-        self.options = {"type": "haproxy", "socket": str(folder / "s")}
-        (folder / "haproxy.cfg").write_text(
-            f"""
-global
-    stats socket {folder}/s mode 600 level admin
-defaults
-    mode http
-    option http-server-close
-    timeout connect 2s
-    timeout client 30s
-    timeout server 30s
-frontend f
-    bind 127.0.0.1:{self.port}
-    default_backend {self.backend}
-backend _delivery_inflight
-    stick-table type string len 128 size 10k expire 1h store conn_cur
-backend {self.backend}
-    http-request deny deny_status 503 if !{{ method GET }} {{ str({project}),map_str({folder}/hold.map,off) -m str writes }}
-    http-request track-sc1 str({project}) table _delivery_inflight
-    option httpchk GET /api/ready
-    http-check expect status 200
-    server-template s 1-8 127.0.0.1:1 check inter 1s fastinter 50ms rise 2 fall 3 disabled
-"""
-        )
-        self.process = subprocess.Popen(["haproxy", "-db", "-f", str(folder / "haproxy.cfg")], stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 10
-        while not (folder / "s").exists():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.process.stderr
-            time.sleep(0.02)
-
-    def upstreams(self) -> list[str]:
-        return [f"{up.address}:{up.port} {up.state}" for up in edge_from(self.options).upstreams(self.backend)]
-
-    def get(self) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        connection.request("GET", "/")
-        response = connection.getresponse()
-        assert response.status == 200, response.status
-        return response.read().decode().strip()
-
-    def post(self) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        connection.request("POST", "/", body="x")
-        return connection.getresponse().status
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(10)
-
-
-@pytest.fixture
-def proxy(site: Site, tmp_path: Path) -> t.Iterator[Proxy]:
-    made = Proxy(tmp_path / "edge", site.project)
-    site.edge = made.options
-    try:
-        yield made
-    finally:
-        made.stop()
-
-
-class Load:
-    """Keep-alive clients that do not retry; every failure and every answer is kept."""
-
-    def __init__(self, port: int, clients: int = 4) -> None:
-        self.port = port
-        self.sent, self.lost, self.answers = 0, [], set()  # type: ignore[var-annotated]
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _client in range(clients)]
-
-    def _run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        while not self._stop.is_set():
-            self.sent += 1
-            try:
-                connection.request("GET", "/")
-                response = connection.getresponse()
-                body = response.read().decode().strip()
-                if response.status == 200:
-                    self.answers.add(body)
-                else:
-                    self.lost.append(f"HTTP {response.status}")
-            except (OSError, http.client.HTTPException) as exc:
-                self.lost.append(repr(exc))
-                connection.close()
-            self._stop.wait(0.005)
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
 
 # -- going forward
 
@@ -393,6 +63,31 @@ def test_start_first_loses_no_request(site: Site, proxy: Proxy) -> None:
     site.commit(release)
     assert len(site.containers("web")) == 1
     assert fold(site.journal(release)).rolled == ["web", "worker"]
+
+
+def test_grpc_health_and_a_line_in_the_log(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "grpc").mkdir()
+    with start_grpc(tmp_path / "grpc") as grpc:
+        # The container hands its port on to a real gRPC server.
+        forward = ["-ll", "-p", "8080", "-e", "/bin/busybox", "nc", "host", str(grpc.plain)]
+        site.compose["services"]["web"].update(
+            entrypoint=["/bin/busybox", "nc"], command=forward, extra_hosts=["host:host-gateway"]
+        )
+        site.compose["services"]["worker"]["entrypoint"] = ["/bin/sh", "-c", 'echo "$$VERSION takes jobs"; exec sleep 100000']
+        site.services = {
+            "web": {"port": 8080, "ready": {"grpc": {"service": "shop.v1.Late"}}, "ready_timeout": 20, "stop_timeout": 0},
+            "worker": {"ready": {"log": "^one takes"}, "ready_timeout": 20, "stop_timeout": 0},
+        }
+        site.deploy("one")
+        before = site.containers(running=True)
+        # The new worker takes jobs too, but says something else; what was before it is asked the old question, and is ready.
+        release = site.release("two")
+        release["services"] = {**site.services, "worker": {**site.services["worker"], "ready": {"log": "^three"}, "ready_timeout": 1}}
+        result = site.call(**release)
+        assert result["failure_class"] == "not_ready" and result["reverted"] is True
+        assert "was not ready before" not in json.dumps(result)
+        assert "no line in the log of container" in result["msg"] and "has '^three'" in result["msg"] and '"two takes jobs"' in result["msg"]
+        assert site.containers(running=True) == before
 
 
 def test_stop_first_where_two_cannot_run(site: Site) -> None:
@@ -565,6 +260,97 @@ def test_the_lease_is_asked_before_each_change(site: Site) -> None:
     assert site.ok(state="finished", project_dir=str(site.folder), release_id=release["release_id"], run_id="mine")["changed"]
 
 
+# -- confirmed or undone
+
+
+def _armed(site: Site, release: dict[str, t.Any]) -> dict[str, t.Any]:
+    return read_confirm(str(site.folder), release["release_id"])
+
+
+def _await_waiter(site: Site, release: dict[str, t.Any]) -> str:
+    """The state that the host's own process leaves at its end."""
+    deadline = time.monotonic() + 60
+    while process_started(_armed(site, release)["pid"]):
+        assert time.monotonic() < deadline, "it waits for ever"
+        time.sleep(0.02)
+    return _armed(site, release)["state"]
+
+
+def _confirm(site: Site, release: dict[str, t.Any]) -> dict[str, t.Any]:
+    return site.call(state="confirmed", project_dir=str(site.folder), release_id=release["release_id"])
+
+
+def test_what_nobody_confirms_is_taken_back_by_the_host_itself(site: Site, proxy: Proxy) -> None:
+    site.deploy("one")
+    before = site.containers()
+    release = site.release("two")
+    with Load(proxy.port, clients=2) as load:
+        site.ok(**release, confirm_within=0.5)
+        assert proxy.get() == "two"
+        assert _await_waiter(site, release) == "gone_back"
+        assert site.containers() == before == site.containers(running=True)
+    assert proxy.get() == "one" and len(proxy.upstreams()) == 1
+    assert load.lost == [] and load.answers == {"one", "two"}
+    assert [entry["step"] for entry in site.journal(release) if entry["data"].get("reason") == "not_confirmed"] == ["reverting"]
+    result = _confirm(site, release)
+    assert result["failure_class"] == "cutover" and "gone back by itself" in result["msg"], result
+    assert not site.revert(release)["changed"]
+    # The next release waits for a confirmation of its own.
+    release = site.release("two")
+    site.ok(**release, confirm_within=60)
+    assert _confirm(site, release)["changed"] and _await_waiter(site, release) == "confirmed"
+    assert proxy.get() == "two"
+
+
+def test_a_confirmed_release_stays(site: Site) -> None:
+    site.deploy("one")
+    release = site.release("two")
+    site.ok(**release, confirm_within=1)
+    assert _confirm(site, release)["changed"]
+    assert _await_waiter(site, release) == "confirmed"
+    assert site.answers() == "two"
+    assert not _confirm(site, release)["changed"]
+    site.commit(release)
+
+
+def test_a_module_that_dies_in_the_roll_is_undone_by_the_host_itself(site: Site, proxy: Proxy) -> None:
+    site.deploy("one")
+    before = site.containers()
+    release = site.release("two")
+    with Load(proxy.port, clients=2) as load:
+        process = site.start(**release, confirm_within=0.3)
+        while _armed(site, release).get("state") != "armed":
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        assert _await_waiter(site, release) == "gone_back"
+    assert site.containers() == before == site.containers(running=True)
+    assert proxy.get() == "one" and load.lost == [], load.lost[:5]
+
+
+def test_who_takes_it_back_sends_the_waiter_home(site: Site) -> None:
+    site.deploy("one")
+    release = site.release("two")
+    site.ok(**release, confirm_within=1)
+    site.revert(release)
+    again = site.deploy("two")
+    assert _await_waiter(site, release) == "confirmed"
+    assert site.answers() == "two" and again["release_id"] != release["release_id"]
+
+
+def test_the_waiter_leaves_it_to_whoever_has_the_lease_now(site: Site) -> None:
+    site.deploy("one")
+    release = site.release("two")
+    (site.folder / "releases" / release["release_id"] / "release.json").write_text("{}")
+    lock = {"run_id": "mine", "kind": "run", "holder": {}, "since": "2026-11-21T09:00:00.000Z", "expires": "2999-01-01T00:00:00.000Z", "ttl": 900}
+    (site.folder / "lock.json").write_text(json.dumps(lock))
+    site.ok(**release, run_id="mine", confirm_within=0.5)
+    (site.folder / "lock.json").write_text(json.dumps({**lock, "run_id": "eve"}))
+    assert _await_waiter(site, release) == "armed"
+    assert site.answers() == "two"
+
+
 # -- killed at each line of the journal
 
 
@@ -581,8 +367,8 @@ def test_killed_at_any_journal_line_and_taken_back(site: Site, proxy: Proxy) -> 
         release["hold"] = True
         path = site.folder / "releases" / release["release_id"] / "journal.jsonl"
         with Load(proxy.port, clients=2) as load:
-            killed = _kill_at(site.start(**release), path, line)
-            assert killed or line == LINES, f"a whole release has only {_lines(path)} lines"
+            killed = kill_at(site.start(**release), path, line)
+            assert killed or line == LINES, f"a whole release has only {lines_of(path)} lines"
             result = site.revert(release)
             assert (result["changed"] or line == 1) and result["delivery_warnings"] == [], line
             assert site.containers() == before == site.containers(running=True), f"line {line}: not exactly what ran before"
@@ -598,10 +384,10 @@ def test_a_way_back_that_is_killed_is_gone_by_the_next_call(site: Site, proxy: P
     release = site.release("two")
     site.ok(**release)
     path = site.folder / "releases" / release["release_id"] / "journal.jsonl"
-    whole = _lines(path)
+    whole = lines_of(path)
     with Load(proxy.port, clients=2) as load:
         for more in range(1, 4):
-            _kill_at(site.start(state="reverted", project_dir=str(site.folder), release_id=release["release_id"]), path, whole + more)
+            kill_at(site.start(state="reverted", project_dir=str(site.folder), release_id=release["release_id"]), path, whole + more)
         site.revert(release)
     assert site.containers() == before == site.containers(running=True)
     assert load.lost == [] and proxy.get() == "one" and len(proxy.upstreams()) == 1
@@ -630,20 +416,6 @@ def test_a_compose_that_outlives_its_module_creates_nothing_behind_undo(site: Si
     while _marked(mark):
         time.sleep(0.02)
     assert site.containers() == before == site.containers(running=True)
-
-
-def _kill_at(process: subprocess.Popen[str], path: Path, line: int) -> bool:
-    """SIGKILL as soon as the journal has that many lines; whether the process still ran then."""
-    while process.poll() is None and _lines(path) < line:
-        time.sleep(0.0005)
-    alive = process.poll() is None
-    process.kill()
-    process.communicate()
-    return alive
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def test_a_migrator_left_running_is_waited_for_and_not_doubled(site: Site) -> None:
@@ -693,6 +465,7 @@ def test_refusals_of_the_description(site: Site) -> None:
     _refused(site, {**release, "docker_socket": "/nonexistent.sock"}, "does not answer on /nonexistent.sock")
     _refused(site, {**release, "hold": True}, "no edge")
     _refused(site, {**release, "services": {"web": {"ready": {"http": "/"}}}}, "services.web.ready", "port")
+    _refused(site, {**release, "services": {"web": {"port": 1, "ready": {"grpc": {"servce": "a"}}}}}, "services.web.ready.grpc.servce")
     Path(release["files"][0]).write_text("services:\n  web:\n    imge: x\n")
     _refused(site, release, "compose.yaml", "imge")
 
@@ -739,3 +512,67 @@ def test_a_registry_that_is_gone_is_transport(site: Site) -> None:
         site.images = {**site.images, "gone": f"127.0.0.1:{probe.getsockname()[1]}/x@{digest}"}
         result = site.call(**site.release("gone"))
     assert result["failure_class"] == "transport" and "3 tries" in result["msg"] and "127.0.0.1" in result["msg"]
+
+
+# -- faults under a rollout
+
+
+def test_an_edge_that_has_no_place_left_refuses_and_the_old_one_serves(site: Site, proxy: Proxy) -> None:
+    site.deploy("one")
+    before = site.containers()
+    for number in range(7):
+        proxy.edge().socket.ask(f"set server {proxy.backend}/s{number + 2} addr 127.0.0.9 port {number + 1}")  # type: ignore[attr-defined]
+        proxy.edge().socket.ask(f"set server {proxy.backend}/s{number + 2} state drain")  # type: ignore[attr-defined]
+    with Load(proxy.port, clients=2) as load:
+        result = site.call(**site.release("two"))
+    assert result["failure_class"] == "cutover" and "all 8 slots are in use" in result["msg"] and result["reverted"]
+    assert site.containers() == before == site.containers(running=True)
+    assert load.lost == [] and load.answers == {"one"}
+
+
+def test_an_image_that_is_removed_after_the_pull(site: Site) -> None:
+    site.deploy("one")
+    before = site.containers()
+    release = site.release("two")
+    site.ok(**release, phases=["pull"])
+    subprocess.run(["docker", "image", "rm", "-f", site.images["two"]], check=True, capture_output=True)
+    result = site.call(**release, phases=["dependencies", "migrate", "roll"])
+    assert result["failed"] and result["reverted"] and site.containers() == before == site.containers(running=True)
+    assert "No such image" in result["msg"], result["msg"]
+    site.deploy("two")
+    assert site.answers() == "two"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT ROOT: a file system is mounted")
+def test_a_disk_that_fills_up_on_the_way(site: Site, proxy: Proxy) -> None:
+    """What cannot be journalled is not done; going back needs no room, since it is what makes some."""
+    folder = site.folder / "releases"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)], check=True)
+    try:
+        site.deploy("one")
+        before = site.containers()
+        release = site.release("two")
+        journal = Journal.open(str(folder / release["release_id"] / "journal.jsonl"), "test")
+        journal.note("planned", padding="")
+        # A file of this file system grows by whole pages: this one has so much left of its last.
+        journal.note("planned", padding="x" * (4096 - 2 * os.path.getsize(journal.path) - 700))
+        site.ok(**release, phases=["pull", "dependencies"])
+        with Load(proxy.port, clients=2) as load:
+            process = site.start(**release)
+            while not (folder / release["release_id"] / "rollout.json").exists():
+                assert process.poll() is None
+                time.sleep(0.0005)
+            with open(folder / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+                while filler.write(b"x" * 512):
+                    pass
+            out, err = process.communicate(timeout=120)
+            assert out.strip(), err
+            result = json.loads(out.splitlines()[-1])
+            assert result.get("failed") and result["failure_class"] == "capacity" and result["reverted"], result
+        assert load.lost == [] and site.containers() == before == site.containers(running=True) and proxy.get() == "one"
+        (folder / "filler").unlink()
+        site.deploy("two")
+        assert proxy.get() == "two"
+    finally:
+        site.clean()
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -369,26 +369,27 @@ def test_stop_stops_and_starts(one_site: Site) -> None:
     assert docker("inspect", "--format", "{{.State.StartedAt}}", one_site.writer) != started
 
 
-def test_hooks_run_before_and_after_even_when_the_snapshot_fails(one_site: Site) -> None:
-    hooks = [
-        {
-            "container": one_site.writer,
-            "before": ["/bin/sh", "-c", "echo before > /b/hook"],
-            "after": ["/bin/sh", "-c", "echo after >> /b/hook"],
-        }
-    ]
-    one_site.call("snapshot", set_id="hooked", consistency="hooks", hooks=hooks)
-    assert (one_site.data(1) / "hook").read_text() == "before\nafter\n"
-    bad = one_site.root / "bad"
-    bad.write_text(f'#!/bin/sh\ncase "$*" in *"{BACKUP[one_site.kind]}"*) exit 9;; esac\nexec {shutil.which(one_site.kind)} "$@"\n')
-    bad.chmod(0o755)
-    with pytest.raises(DeliveryError):
-        one_site.call("snapshot", set_id="hooked2", consistency="hooks", hooks=hooks, program=str(bad))
-    assert (one_site.data(1) / "hook").read_text() == "before\nafter\n" and one_site.leftovers() == []
-    with pytest.raises(DeliveryError, match="it ended with 3"):
-        failing = [{"container": one_site.writer, "before": ["/bin/sh", "-c", "exit 3"], "after": []}]
-        one_site.call("snapshot", set_id="hooked3", consistency="hooks", hooks=failing)
-    assert one_site.sets() == {"hooked": True}
+def test_hooks_run_before_and_after_even_when_the_snapshot_fails(one_site: Site, image: str) -> None:
+    # Beside hooks nobody is held still, and the writer's files come and go: it rests.
+    one_site.quiet()
+    helper = f"{one_site.writer}-helper"
+    docker("run", "--detach", "--name", helper, "-e", "PATH=/bin", "-v", f"{one_site.volumes[1]}:/b", image, "/bin/sh", "-c", "busybox sleep 600")
+    hooks = [{"container": helper, "before": ["/bin/sh", "-c", "echo before > /b/hook"], "after": ["/bin/sh", "-c", "echo after >> /b/hook"]}]
+    try:
+        one_site.call("snapshot", set_id="hooked", consistency="hooks", hooks=hooks)
+        assert (one_site.data(1) / "hook").read_text() == "before\nafter\n"
+        bad = one_site.root / "bad"
+        bad.write_text(f'#!/bin/sh\ncase "$*" in *"{BACKUP[one_site.kind]}"*) exit 9;; esac\nexec {shutil.which(one_site.kind)} "$@"\n')
+        bad.chmod(0o755)
+        with pytest.raises(DeliveryError):
+            one_site.call("snapshot", set_id="hooked2", consistency="hooks", hooks=hooks, program=str(bad))
+        assert (one_site.data(1) / "hook").read_text() == "before\nafter\n" and one_site.leftovers() == []
+        with pytest.raises(DeliveryError, match="it ended with 3"):
+            failing = [{"container": helper, "before": ["/bin/sh", "-c", "exit 3"], "after": []}]
+            one_site.call("snapshot", set_id="hooked3", consistency="hooks", hooks=failing)
+        assert one_site.sets() == {"hooked": True}
+    finally:
+        docker("rm", "--force", helper)
 
 
 def test_sigkill_during_the_freeze_thaws_at_once_and_the_next_run_is_whole(site: Site) -> None:
@@ -428,7 +429,7 @@ def test_a_container_the_engine_hangs_on_is_thawed_and_unpaused(one_site: Site, 
 
     class Hung(engine.Engine):
         def inspect(self, container: str) -> dict[str, t.Any]:
-            if self.timeout == freeze.UNPAUSE_PATIENCE:
+            if self.timeout == freeze.PATIENCE and not asked:
                 asked.append(container)
                 raise DeliveryError("Inspecting it", "no answer", failure_class="transport")
             return super().inspect(container)
@@ -442,6 +443,24 @@ def test_a_container_the_engine_hangs_on_is_thawed_and_unpaused(one_site: Site, 
     before = (one_site.data(0) / "n").read_text()
     assert until(lambda: (one_site.data(0) / "n").read_text() not in ("", before), "the writer writing on")
     docker("stop", "-t", "5", one_site.writer)
+
+
+def test_no_freeze_meets_a_health_check(image: str, tmp_path: Path) -> None:
+    """One that does makes the engine keep the container frozen for seconds; a container without a check tells what is usual here."""
+    checks = {"plain": [], "checked": ["--health-cmd", "true", "--health-interval", "0.3s"]}
+    ids = {name: docker("run", "--detach", *options, image, "/bin/sh", "-c", "sleep 600") for name, options in checks.items()}
+    seconds: dict[str, list[float]] = {"plain": [], "checked": []}
+    try:
+        for turn in range(15):
+            for name, identity in ids.items():
+                held = [{"id": identity, "name": name, "action": "pause", "found": "running"}]
+                with freeze.Window(engine.Engine(), held, (), str(tmp_path / "record"), 60, 10) as window:
+                    assert docker("inspect", "--format", "{{.State.Paused}}", identity) == "true"
+                seconds[name].append(window.seconds)
+            time.sleep(turn * 0.03)
+        assert max(seconds["checked"]) < 5 * max(seconds["plain"]) + 1, seconds
+    finally:
+        docker("rm", "--force", *ids.values())
 
 
 # Steps of a restore of three parts: 1 staging, 2 holding, 3 swapping, 4-6 the exchanges, 7 releasing.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import threading
-import time
 import typing as t
 from dataclasses import replace
 from urllib.parse import quote, urlencode, urljoin, urlsplit
@@ -24,7 +23,14 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.auth import 
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import ACCEPT, Descriptor, Manifest
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import DOCKER_HUB, Reference, digest_of
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Origin, Response, Transport, answer_of
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import (
+    Interrupted,
+    Origin,
+    Patience,
+    Response,
+    Transport,
+    answer_of,
+)
 
 #: No manifest, token answer or error text is larger than this; registries refuse manifests above 4 MiB.
 _SMALL = 8 * 1024 * 1024
@@ -131,6 +137,11 @@ class RegistryClient:
         told = response.headers.get("Docker-Content-Digest")
         return Manifest.parse(response.body, version if ":" in version else told, response.headers.get("Content-Type", ""), tried[5:])
 
+    def manifest_digest(self, repository: str, version: str) -> str | None:
+        """The digest that a tag names, by HEAD, which counts as no pull anywhere; ``None`` where the answer does not say it."""
+        response = self.request("HEAD", f"/v2/{repository}/manifests/{version}", [pull_scope(repository)], {"Accept": ACCEPT})
+        return response.headers.get("Docker-Content-Digest") if response.status == 200 else None
+
     def resolve(self, reference: Reference) -> Manifest:
         """The manifest of ``reference``; an unknown one is a ``DeliveryError`` (config)."""
         found = self.manifest(reference.repository, reference.version)
@@ -149,7 +160,8 @@ class RegistryClient:
         """Write ``manifest`` by its digest, or under ``tag``; a registry that makes another digest of it is refused."""
         version = tag or manifest.digest
         tried = f"write {self.registry}/{repository}{':' if tag else '@'}{version}"
-        path, headers, attempt = f"/v2/{repository}/manifests/{version}", {"Content-Type": manifest.media_type}, 0
+        path, headers = f"/v2/{repository}/manifests/{version}", {"Content-Type": manifest.media_type}
+        patience = Patience(self.transport.policy)
         while True:
             response = self.request("PUT", path, [push_scope(repository)], headers, manifest.body)
             if response.status in (200, 201, 202):
@@ -163,11 +175,8 @@ class RegistryClient:
                 )
             # A blob's link is empty for a moment while another promotion writes it again: not known, and there the next time.
             believed = b"BLOB_UNKNOWN" not in response.body or not self._complete(repository, manifest)
-            delay = None if believed else self.transport.policy.delay(attempt)
-            if delay is None:
+            if believed or not patience.wait():
                 raise self.refusal(tried, response)
-            attempt += 1
-            time.sleep(delay)
         told = response.headers.get("Docker-Content-Digest")
         if told and told.split(":")[0] == manifest.digest.split(":")[0] and told != manifest.digest:
             raise DeliveryError(
@@ -460,7 +469,8 @@ class BlobReader:
 
     def __init__(self, client: RegistryClient, repository: str, blob: Descriptor) -> None:
         self._client, self._repository, self._blob = client, repository, blob
-        self._position = self._attempt = 0
+        self._position = 0
+        self._patience = Patience(client.transport.policy)
         self._response = client.blob_from(repository, blob, 0)
 
     def readinto(self, buffer: t.Any) -> int:
@@ -471,12 +481,9 @@ class BlobReader:
                 self._position += count
                 return count
             except Interrupted as exc:
-                delay = self._client.transport.policy.delay(self._attempt)
-                if delay is None or self._position >= self._blob.size:
+                if self._position >= self._blob.size or not self._patience.wait():
                     exc.final = True
                     raise
-                self._attempt += 1
-                time.sleep(delay)
                 self._response = self._client.blob_from(self._repository, self._blob, self._position)
 
     def close(self) -> None:

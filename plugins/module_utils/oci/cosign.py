@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The cosign program, asked about files alone: whether this signer signed this statement about this digest.
+"""The cosign program, asked about files alone: whether this signer signed this statement about this digest, and to sign one.
 
 It gets no credentials and does not reach the registry: what it is to check was read, and its bytes checked, before. It reaches the
 network only for Sigstore's public root, and only where neither a trusted root is given nor keys alone decide.
@@ -20,16 +20,21 @@ import re
 import shutil
 import tempfile
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ansible_collections.selfhost.delivery.plugins.module_utils import command
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import Manifest
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import Manifest, canonical_json
 
 #: The oldest release whose `verify` takes a trusted root and local files in the way used here.
 MINIMUM = (2, 6, 0)
 #: The predicate of a statement that says no more than "I sign this image".
 SIGN_PREDICATE = "https://sigstore.dev/cosign/sign/v1"
+#: Artifact type of Sigstore bundles without their version, and the annotation that tells what they say.
+BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle"
+BUNDLE_PREDICATE = "dev.sigstore.bundle.predicateType"
+#: What a bundle with an envelope is made of.
+_BUNDLE_KEYS = frozenset(("mediaType", "verificationMaterial", "dsseEnvelope"))
 #: cosign's short names of predicates.
 PREDICATES = {
     "custom": "https://cosign.sigstore.dev/attestation/v1",
@@ -46,20 +51,35 @@ PREDICATES = {
 _EMPTY_ROOT = {"mediaType": "application/vnd.dev.sigstore.trustedroot+json;version=0.1"}
 #: What cosign says, in words for those who did not write it.
 _WORDS = (
+    # First, since names out of the certificate follow.
+    (r"none of the expected identities matched|no matching CertificateIdentity", "its certificate is for somebody else"),
+    (r"only supported with --new-bundle-format", "cosign 2 cannot check it against a trusted root, cosign 3 can"),
     (
-        r"offline verification failed|verified log entries",
-        "no proof of a transparency log came with it, and insecure_ignore_tlog is not set",
+        r"offline verification failed|verified log entries|rekor log public key not found|unable to verify SET",
+        "no proof of a trusted transparency log came with it, and insecure_ignore_tlog is not set",
+    ),
+    (
+        r"inclusion proof|calculated root|checkpoint did not verify|does not match signed tree head|verifying log entry",
+        "its proof of being in the transparency log does not hold",
+    ),
+    (r"transparency log .*does not match", "its entry in the transparency log is about another signature"),
+    (r"outside certificate validity|checking expiry on certificate with", "it was signed while its certificate was not valid"),
+    (
+        r"integrated timestamps|verified signed timestamps|expected a signed timestamp",
+        "nothing that is trusted says that it was signed while its certificate was valid",
+    ),
+    (
+        r"does not include required embedded SCT|signed certificate timestamp|SCT entries",
+        "its certificate has no proof of a trusted certificate log, and insecure_ignore_sct is not set",
+    ),
+    (
+        r"leaf certificate verification failed",
+        "its certificate is not by a trusted CA, or was not valid when it was signed (today, where no trusted log or timestamp says when)",
     ),
     (
         r"invalid signature when validating|accepted signatures do not match|crypto/rsa: verification error",
         "another key signed it, or it was changed",
     ),
-    (r"none of the expected identities matched|no matching CertificateIdentity", "its certificate is for somebody else"),
-    (
-        r"does not include required embedded SCT|signed certificate timestamp",
-        "its certificate has no proof of a log, and insecure_ignore_sct is not set",
-    ),
-    (r"only supported with --new-bundle-format", "cosign 2 cannot check it against a trusted root, cosign 3 can"),
     (r"no certificate found on signature", "it was made with a key and has no certificate"),
 )
 _PEM = re.compile(r"-----BEGIN (?P<kind>[A-Z ]+)-----(?P<body>.*?)-----END (?P=kind)-----", re.DOTALL)
@@ -102,6 +122,14 @@ class Signer:
 
 
 @dataclass(frozen=True)
+class SigningKey:
+    """A private key: the path of a file that cosign made, its content, or the URI of a key management service."""
+
+    reference: str = field(repr=False)
+    password: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
 class Attachment:
     """A manifest with its blobs, by digest, all of them checked against their digests."""
 
@@ -138,6 +166,8 @@ class Cosign:
         self._ignore_sct = ignore_sct
         self._timeout = timeout
         self._directory = ""
+        # Sigstore's public root names one.
+        self._authorities = True
         self.version = ""
 
     def __enter__(self) -> Cosign:
@@ -146,7 +176,7 @@ class Cosign:
         try:
             self.version = self._ask_version()
             if self._root:
-                _check_json_file(self._root)
+                self._authorities = bool(_read_root(self._root).get("timestampAuthorities"))
             # Names of files and of what is in them reach cosign only as absolute paths.
             self._root = os.path.abspath(self._root) if self._root else None
         except BaseException:
@@ -215,16 +245,66 @@ class Cosign:
         """One Sigstore bundle (signature or attestation), as an in-toto statement."""
         algorithm, value = digest.split(":", 1)
         path = self._write("bundle.json", bundle)
-        arguments = ["--bundle", path, f"--type={predicate}", f"--digest={value}", f"--digestAlg={algorithm}"]
-        material = (_json(bundle) or {}).get("verificationMaterial")
+        # Without being told that it is a bundle, cosign 2 takes one that it cannot read for something else, and says so.
+        arguments = ["--new-bundle-format=true", "--bundle", path, f"--type={predicate}", f"--digest={value}", f"--digestAlg={algorithm}"]
+        content = _json(bundle)
+        if not isinstance(content, dict):
+            return Checked(refusal="the bundle is not a JSON object")
+        if not _BUNDLE_KEYS.issuperset(content):
+            # cosign 3 reads it in its older format then, and would confirm another envelope than the one that is read here.
+            return Checked(refusal=f"the bundle holds what no bundle holds: {', '.join(sorted(set(content) - _BUNDLE_KEYS))[:100]}")
+        material = content.get("verificationMaterial")
         if self.version.startswith("v3.") and isinstance(material, dict) and "x509CertificateChain" in material:
             # What cosign 3 writes for a certificate that it was given with its chain, and does not read without being told.
             arguments.append("--allow-certificate-chain=true")
+        if not signer.fingerprint and isinstance(material, dict) and self._timed_by_authority(material):
+            arguments.append("--use-signed-timestamps=true")
         result = self._run("verify-blob-attestation", signer, arguments)
+        if not result.ok and "only supported with --new-bundle-format" in result.stderr:
+            return Checked(refusal="cosign cannot read the bundle; does the log's entry lack its inclusion proof?")
         if not result.ok:
             return Checked(refusal=_said(result))
-        statement = statement_of((_json(bundle) or {}).get("dsseEnvelope"))
+        statement = statement_of(content.get("dsseEnvelope"))
         return Checked((statement,)) if statement is not None else Checked(refusal="the bundle holds no statement")
+
+    def _timed_by_authority(self, material: t.Mapping[str, t.Any]) -> bool:
+        """Whether only a timestamp (RFC 3161) can say when it was signed; then cosign 2 has to be told to look at it.
+
+        cosign 3 decides the same for entries of Rekor 2, which give no time. Where no log is asked, a timestamp counts if the trusted root
+        names authorities; else the certificate has to be valid today.
+        """
+        stamps = material.get("timestampVerificationData")
+        if not isinstance(stamps, dict) or not stamps.get("rfc3161Timestamps"):
+            return False
+        if self._ignore_tlog:
+            return self._authorities
+        return all(str(entry.get("integratedTime") or "0") == "0" for entry in _objects(material.get("tlogEntries")))
+
+    def sign(self, key: SigningKey, subject: str, digest: str, predicate: str, content: t.Mapping[str, t.Any]) -> bytes:
+        """A Sigstore bundle in which ``key`` says ``content``, of the type ``predicate``, about ``digest``, known by the name ``subject``.
+
+        No transparency log is written. Raises ``DeliveryError`` (config) when cosign cannot sign with this key.
+        Source: https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
+        """
+        algorithm, value = digest.split(":", 1)
+        statement = {
+            "_type": "https://in-toto.io/Statement/v1",
+            "subject": [{"name": subject, "digest": {algorithm: value}}],
+            "predicateType": predicate,
+            "predicate": dict(content),
+        }
+        place = self._write("signing.key", key.reference.encode()) if "-----BEGIN" in key.reference else key.reference
+        bundle = self._write("made.json", b"")
+        told = self._write("statement.json", canonical_json(statement))
+        argv = [self._program, "attest-blob", "--yes", "--key", place, "--statement", told, "--new-bundle-format=true"]
+        argv += ["--bundle", bundle, "--tlog-upload=false", "--use-signing-config=false"]
+        # Without a password in the environment cosign would ask for one.
+        result = self._call(argv, {"COSIGN_PASSWORD": key.password})
+        with open(bundle, "rb") as handle:
+            made = handle.read()
+        if not result.ok or not made:
+            raise DeliveryError("sign with cosign and the given key", _said(result), "Check the key and its password.", "config")
+        return made
 
     # -- the program -----------------------------------------------------------------------------------------------
 
@@ -246,9 +326,10 @@ class Cosign:
             self._raise_if_unable(action, result)
         return result
 
-    def _call(self, argv: t.Sequence[str]) -> command.CommandResult:
+    def _call(self, argv: t.Sequence[str], secrets: t.Mapping[str, str] | None = None) -> command.CommandResult:
         # Its settings from the environment would be trust that no option of ours has asked for.
         settings = {name: "" for name in os.environ if name.startswith(("COSIGN_", "SIGSTORE_"))}
+        settings.update(secrets or {})
         tried = f"run {self._program} {argv[1]}"
         try:
             result = command.run(argv, timeout=self._timeout, env=settings)
@@ -356,6 +437,13 @@ def statement_of(envelope: t.Any) -> dict[str, t.Any] | None:
     return statement if isinstance(statement, dict) else None
 
 
+def subjects_of(statement: t.Mapping[str, t.Any]) -> set[str]:
+    """The digests that an in-toto statement is about."""
+    subjects = statement.get("subject")
+    found = [item.get("digest") for item in subjects if isinstance(item, dict)] if isinstance(subjects, list) else []
+    return {f"{algorithm}:{value}" for digest in found if isinstance(digest, dict) for algorithm, value in digest.items()}
+
+
 def certificate_names(der: bytes) -> tuple[str, str]:
     """Subject and OIDC issuer in a Fulcio certificate, empty where they are not read.
 
@@ -417,12 +505,14 @@ def _said(result: command.CommandResult) -> str:
             break
         if line and line not in kept:
             kept.append(line)
-    said = re.sub(r"^no matching (signatures|attestations): ", "", "; ".join(kept))[:600] or f"it ended with exit code {result.code}"
+    # Hashes in Go's words, a number for each byte, tell nobody anything.
+    told = re.sub(r"\[\d+( \d+){15,}\]", "[…]", "; ".join(kept))
+    said = re.sub(r"^no matching (signatures|attestations): ", "", told)[:600] or f"it ended with exit code {result.code}"
     words = next((words for pattern, words in _WORDS if re.search(pattern, said)), "")
     return f"{words}; cosign: {said}" if words else said
 
 
-def _check_json_file(path: str) -> None:
+def _read_root(path: str) -> dict[str, t.Any]:
     tried = f"read the trusted root {path}"
     try:
         with open(path, encoding="utf-8") as handle:
@@ -435,6 +525,7 @@ def _check_json_file(path: str) -> None:
         raise DeliveryError(tried, "it is not JSON", "Give the file that `cosign trusted-root create` writes.", "config") from exc
     if not isinstance(content, dict):
         raise DeliveryError(tried, "it is not a JSON object", "Give the file that `cosign trusted-root create` writes.", "config")
+    return content
 
 
 def _dotted(version: t.Sequence[int]) -> str:

@@ -16,9 +16,8 @@ import hashlib
 import itertools
 import re
 import threading
-import time
 import typing as t
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
@@ -28,7 +27,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests im
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import Reference, check_digest, check_tag, digest_tag
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import COSIGN_SUFFIXES, list_referrers, put_referrers
-from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Patience
 
 #: Large reads keep SHA-256 and TLS busy outside the interpreter lock; two buffers a thread.
 _CHUNK = 1024 * 1024
@@ -157,7 +156,7 @@ def promote(
                 f"read the pattern {pattern!r} of immutable_tags", str(exc), "Write a Python regular expression.", "config"
             ) from exc
     with Registries() as registries, _Workers(rules.concurrency) as leaves, _Workers(min(rules.concurrency, max(len(wishes), 1))) as images:
-        probes: _Probes = {}
+        probes = _Probes()
         promotions = [
             _Promotion(
                 wish,
@@ -171,11 +170,25 @@ def promote(
         ]
         images.map(lambda promotion: promotion.plan(), promotions)
         _refuse_collisions(promotions)
+        _copy_blobs(promotions, leaves, check)
         if not check:
-            _copy_blobs(promotions, leaves)
-            images.map(lambda promotion: promotion.write(), promotions)
-            images.map(lambda promotion: promotion.move_tags(), promotions)
+            # One image under several tags: distribution empties its link for a moment each time it is written, and a reader gets a 500.
+            same: dict[tuple[str, str], list[_Promotion]] = {}
+            for promotion in promotions:
+                same.setdefault((promotion.wish.destination.name, promotion.root.digest), []).append(promotion)
+            images.map(_write_all, same.values())
+            images.map(_move_all_tags, same.values())
         return [promotion.outcome for promotion in promotions]
+
+
+def _write_all(promotions: t.Iterable[_Promotion]) -> None:
+    for promotion in promotions:
+        promotion.write()
+
+
+def _move_all_tags(promotions: t.Iterable[_Promotion]) -> None:
+    for promotion in promotions:
+        promotion.move_tags()
 
 
 class _Workers:
@@ -206,12 +219,39 @@ class _Workers:
         return [future.result() for future in futures]
 
 
-#: What was found of a blob, by repository and digest; see ``RegistryClient.probe_blob``.
-_Probes = t.Dict[t.Tuple[str, str], str]  # noqa: UP006 - evaluated on Python 3.9
+class _Probes:
+    """What became known of blobs; images of a call that share one ask once, also when they ask at the same moment."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asked: dict[tuple[str, str], Future[str]] = {}
+
+    def state(self, client: RegistryClient, repository: str, blob: Descriptor) -> str:
+        """See ``RegistryClient.probe_blob``."""
+        ours: Future[str] = Future()
+        with self._lock:
+            answer = self._asked.setdefault((f"{client.registry}/{repository}", blob.digest), ours)
+        if answer is ours:
+            try:
+                ours.set_result(client.probe_blob(repository, blob))
+            except BaseException as exc:
+                ours.set_exception(exc)
+        return answer.result()
 
 
-def _ask(question: t.Callable[[], _R]) -> _R:
+def _ask(question: t.Callable[[], t.Any]) -> t.Any:
     return question()
+
+
+@dataclass
+class _Belongings:
+    """What the source has that belongs to ``subject``: digests of referrers, and cosign's tags with what the destination has there."""
+
+    subject: str
+    referrers: list[str]
+    #: Those that the destination lists, too.
+    here: set[str]
+    cosign: list[tuple[str, Manifest, Manifest | None]]
 
 
 @dataclass
@@ -244,6 +284,9 @@ class _Promotion:
         self.blobs: list[_Blob] = []
         self.lock = threading.Lock()
         self.root: Manifest
+        #: Whether a tag of the destination names the source's digest, so that what is below it is probably there too.
+        self._expected_there = False
+        self._seen_there: set[str] = set()
         self._manifests: list[Manifest] = []
         self._referrers: dict[str, list[Manifest]] = {}
         self._cosign: list[tuple[str, Manifest]] = []
@@ -258,6 +301,7 @@ class _Promotion:
             self.outcome.platforms = platforms_of(found) if found.is_index else []
             tree = [found]
         else:
+            self._expected_there = not self.same_repo and any(tagged and tagged.digest == found.digest for tagged in present)
             tree = self._choose(found)
         self.root = tree[-1]
         self.outcome.digest, self.outcome.media_type = self.root.digest, self.root.media_type
@@ -270,31 +314,30 @@ class _Promotion:
                 "policy",
             )
         there = self._note_tags(present)
-        if self._believed(self.root.digest, present):
-            return
-        self._manifests = self._missing_manifests(tree, there)
-        looked_at = tree if self.rules.verify == "blobs" else self._manifests
-        needed = [blob for manifest in looked_at for blob in manifest.blobs]
-        if self.rules.referrers and not self.same_repo:
-            for subject in tree:
-                needed += self._plan_referrers(subject.digest)
-        self._plan_blobs(list({blob.digest: blob for blob in needed}.values()))
+        if not self._believed(self.root.digest, present):
+            self._look(tree, there)
 
     def _read(self) -> tuple[Manifest, list[Manifest | None]]:
         """The source, and what each tag of the destination names; side by side, since neither needs the other."""
-        asks: list[t.Callable[[], Manifest | None]] = [
+        tags: list[t.Callable[[], t.Any]] = [
             functools.partial(self.destination.manifest, self.target_repo, tag) for tag in self.wish.tags
         ]
-        digest = self.wish.source.digest
-        if digest and self.rules.verify == "tag":
+        whole: t.Callable[[], Manifest] = functools.partial(self.source.resolve, self.wish.source)
+        if self.rules.verify == "tag" and tags and (self.wish.source.digest or not self.same_registry):
             # Equal digests are equal bytes, so the destination's own answer says all that is to be known.
-            present = self.workers.map(_ask, asks)
-            if present and present[0] and self._believed(digest, present):
-                return present[0], present
-            return self.source.resolve(self.wish.source), present
-        source = self.source.resolve
-        found, *present = self.workers.map(_ask, [lambda: source(self.wish.source), *asks])
-        return t.cast(Manifest, found), present  # resolve refuses what is not there
+            digest, *present = self.workers.map(_ask, [self._source_digest, *tags])
+            return present[0] if digest and self._believed(digest, present) else whole(), present
+        if self.rules.verify != "tag" and self._with_referrers:
+            tags.append(functools.partial(self.source.known_tags, self.source_repo))
+        found, *present = self.workers.map(_ask, [whole, *tags])
+        return found, present[: len(self.wish.tags)]
+
+    def _source_digest(self) -> str | None:
+        return self.wish.source.digest or self.source.manifest_digest(self.source_repo, self.wish.source.version)
+
+    @property
+    def _with_referrers(self) -> bool:
+        return self.rules.referrers and not self.same_repo
 
     def _believed(self, digest: str, present: t.Sequence[Manifest | None]) -> bool:
         """Whether tags that name ``digest`` are enough to know that nothing is to be done."""
@@ -332,6 +375,11 @@ class _Promotion:
         return list({manifest.digest: manifest for manifest in tree}.values())
 
     def _read_child(self, child: Descriptor) -> Manifest:
+        manifest = self.destination.manifest(self.target_repo, child.digest) if self._expected_there else None
+        if manifest:
+            # Equal digests are equal bytes, and that it is there need not be asked any more.
+            self._seen_there.add(child.digest)
+            return manifest
         manifest = self.source.manifest(self.source_repo, child.digest)
         if manifest is None:
             raise DeliveryError(
@@ -364,20 +412,31 @@ class _Promotion:
                 digest=self.root.digest,
             )
 
-    def _missing_manifests(self, tree: list[Manifest], there: Manifest | None) -> list[Manifest]:
-        def missing(manifest: Manifest) -> bool:
-            if there and manifest.digest == there.digest:
-                return False
-            if self.same_repo and (manifest is not self.root or manifest.digest == self.outcome.source_digest):
-                return False
-            if self.rules.verify == "tag" and self.wish.tags and manifest is self.root:
-                # Written anyway, with the tag; whether it is there without one is not worth a question.
-                return True
-            return self.destination.manifest(self.target_repo, manifest.digest) is None
+    def _look(self, tree: list[Manifest], there: Manifest | None) -> None:
+        """Find out what the destination lacks. Questions that do not wait for each other's answers go side by side."""
+        subjects = [manifest.digest for manifest in tree] if self._with_referrers else []
+        # In one registry a blob may be mounted without asking first; see _plan_blobs.
+        ahead = tree if self.rules.verify == "blobs" and (self.same_repo or not self.same_registry) else []
+        questions: list[t.Callable[[], t.Any]] = [functools.partial(self._survey, subject) for subject in subjects]
+        questions += [functools.partial(self._missing, manifest, there) for manifest in tree]
+        questions += [functools.partial(self._probe, blob) for manifest in ahead for blob in manifest.blobs]
+        answers = self.workers.map(_ask, questions)
+        absent = answers[len(subjects) :]
+        self._manifests = [manifest for manifest, gone in zip(tree, absent) if gone]
+        self.outcome.manifests = len(self._manifests)
+        looked_at = tree if self.rules.verify == "blobs" else self._manifests
+        needed = [blob for manifest in looked_at for blob in manifest.blobs] + self._plan_referrers(answers[: len(subjects)])
+        self._plan_blobs(list({blob.digest: blob for blob in needed}.values()))
 
-        absent = [manifest for manifest, gone in zip(tree, self.workers.map(missing, tree)) if gone]
-        self.outcome.manifests = len(absent)
-        return absent
+    def _missing(self, manifest: Manifest, there: Manifest | None) -> bool:
+        if (there and manifest.digest == there.digest) or manifest.digest in self._seen_there:
+            return False
+        if self.same_repo and (manifest is not self.root or manifest.digest == self.outcome.source_digest):
+            return False
+        if self.rules.verify == "tag" and self.wish.tags and manifest is self.root:
+            # Written anyway, with the tag; whether it is there without one is not worth a question.
+            return True
+        return self.destination.manifest(self.target_repo, manifest.digest) is None
 
     def _plan_blobs(self, needed: list[Descriptor]) -> None:
         """Ask the destination for every blob: a manifest that is there says nothing about its layers."""
@@ -405,38 +464,47 @@ class _Promotion:
                 self.outcome.bytes_copied += 0 if mount else blob.size
 
     def _probe(self, blob: Descriptor) -> str:
-        """The blob's state at the destination; images of one call that share it ask once."""
-        key = (self.wish.destination.name, blob.digest)
-        if key not in self.probes:
-            self.probes[key] = self.destination.probe_blob(self.target_repo, blob)
-        return self.probes[key]
+        return self.probes.state(self.destination, self.target_repo, blob)
 
-    def _plan_referrers(self, subject: str) -> list[Descriptor]:
-        """What belongs to ``subject`` and is not at the destination yet; returns all blobs it consists of."""
-        needed: list[Descriptor] = []
+    def _survey(self, subject: str) -> _Belongings:
         listed = self._listed(self.source, self.source_repo, subject)
         here = self._listed(self.destination, self.target_repo, subject) if listed else set()
-        for digest in sorted(listed):
-            manifest = self.source.manifest(self.source_repo, digest)
-            if manifest is None or manifest.subject != subject or manifest.is_index:
-                self.outcome.warnings.append(f"{self.wish.source}: its referrer {digest} is not there or not its own; left out")
-                continue
-            absent = digest not in here or self.destination.manifest(self.target_repo, digest) is None
-            if absent:
-                self._referrers.setdefault(subject, []).append(manifest)
-                self.outcome.referrers += 1
-            needed += manifest.blobs if absent or self.rules.verify == "blobs" else []
-            # A signature of an SBOM belongs to the SBOM. Digests cannot form a circle, so this ends.
-            needed += self._plan_referrers(digest)
-        for suffix in COSIGN_SUFFIXES:
-            needed += self._plan_cosign(digest_tag(subject, suffix))
+        found = _Belongings(subject, sorted(listed), here, [])
+        for tag in (digest_tag(subject, suffix) for suffix in COSIGN_SUFFIXES):
+            manifest = self._tagged(self.source, self.source_repo, tag)
+            if manifest and not manifest.is_index:
+                found.cosign.append((tag, manifest, self._tagged(self.destination, self.target_repo, tag)))
+        return found
+
+    def _plan_referrers(self, surveys: list[_Belongings]) -> list[Descriptor]:
+        """What belongs to the image and is not at the destination yet; returns all blobs it consists of."""
+        needed: list[Descriptor] = []
+        # A signature of an SBOM belongs to the SBOM. Digests cannot form a circle, so this ends.
+        while surveys:
+            subjects = []
+            asked = [(survey, digest) for survey in surveys for digest in survey.referrers]
+            for (survey, digest), (manifest, absent) in zip(asked, self.workers.map(self._read_referrer, asked)):
+                if manifest is None or manifest.subject != survey.subject or manifest.is_index:
+                    self.outcome.warnings.append(f"{self.wish.source}: its referrer {digest} is not there or not its own; left out")
+                    continue
+                if absent:
+                    self._referrers.setdefault(survey.subject, []).append(manifest)
+                    self.outcome.referrers += 1
+                needed += manifest.blobs if absent or self.rules.verify == "blobs" else []
+                subjects.append(digest)
+            for survey in surveys:
+                for tag, signed, present in survey.cosign:
+                    needed += self._plan_cosign(tag, signed, present)
+            surveys = self.workers.map(self._survey, subjects)
         return needed
 
-    def _plan_cosign(self, tag: str) -> list[Descriptor]:
-        manifest = self._tagged(self.source, self.source_repo, tag)
-        if manifest is None or manifest.is_index:
-            return []
-        present = self._tagged(self.destination, self.target_repo, tag)
+    def _read_referrer(self, asked: tuple[_Belongings, str]) -> tuple[Manifest | None, bool]:
+        """The manifest of a referrer, and whether the destination lacks it."""
+        survey, digest = asked
+        present = self.destination.manifest(self.target_repo, digest) if digest in survey.here else None
+        return present or self.source.manifest(self.source_repo, digest), present is None
+
+    def _plan_cosign(self, tag: str, manifest: Manifest, present: Manifest | None) -> list[Descriptor]:
         if present is None or present.digest != manifest.digest:
             if present and not {blob.digest for blob in present.blobs[1:]} <= {blob.digest for blob in manifest.blobs[1:]}:
                 self.outcome.warnings.append(
@@ -451,8 +519,8 @@ class _Promotion:
 
     @staticmethod
     def _listed(client: RegistryClient, repository: str, subject: str) -> set[str]:
-        # Without the API, one list of all tags answers for every image of the call.
-        tags = None if client.referrers_api else client.known_tags(repository)
+        # One list of all tags answers for every image of the call.
+        tags = client.known_tags(repository)
         if client.referrers_api is False and tags is not None:
             prefix = digest_tag(subject)
             if not any(tag == prefix or tag.startswith(f"{prefix}.") for tag in tags):
@@ -461,8 +529,8 @@ class _Promotion:
 
     @staticmethod
     def _tagged(client: RegistryClient, repository: str, tag: str) -> Manifest | None:
-        # Without the API the tags have been listed already: three questions less for each manifest.
-        tags = client.known_tags(repository) if client.referrers_api is False else None
+        # The tags have been listed already: three questions less for each manifest.
+        tags = client.known_tags(repository)
         return client.manifest(repository, tag) if tags is None or tag in tags else None
 
     # -- write -----------------------------------------------------------------------------------------------------
@@ -482,14 +550,14 @@ class _Promotion:
     def move_tags(self) -> None:
         """Write the tags that do not name the image yet, and read every one back."""
         told = set()
-        for tag, before in self.outcome.tags_before.items():
-            if before == self.root.digest:
-                continue
-            if self.rules.immutable(tag) and (self.rules.verify != "tag" or self.outcome.bytes_copied):
-                # Somebody may have written it since the plan.
-                present = self.destination.manifest(self.target_repo, tag)
+        moving = [tag for tag, before in self.outcome.tags_before.items() if before != self.root.digest]
+        if self.rules.verify != "tag" or self.outcome.bytes_copied:
+            # Somebody may have written them since the plan.
+            guarded = [tag for tag in moving if self.rules.immutable(tag)]
+            for tag, present in zip(guarded, self.workers.map(functools.partial(self.destination.manifest, self.target_repo), guarded)):
                 if present and present.digest != self.root.digest:
                     self._refuse_to_move(tag, present.digest)
+        for tag in moving:
             response = self.destination.put_manifest(self.target_repo, self.root, tag=tag)
             if self.rules.verify == "tag" and response.headers.get("Docker-Content-Digest") == self.root.digest:
                 told.add(tag)
@@ -507,20 +575,18 @@ class _Promotion:
 
     def _read_back(self, version: str) -> Manifest | None:
         """What ``version`` names now. A tag that another promotion writes at this moment may name nothing for an instant."""
-        for attempt in itertools.count():
+        patience = Patience(self.destination.transport.policy)
+        while True:
             written = self.destination.manifest(self.target_repo, version)
-            delay = self.destination.transport.policy.delay(attempt)
-            if written or delay is None:
+            if written or not patience.wait():
                 return written
-            time.sleep(delay)
-        return None
 
 
 # -- blobs ---------------------------------------------------------------------------------------------------------
 
 
-def _copy_blobs(promotions: t.Sequence[_Promotion], workers: _Workers) -> None:
-    """Copy all missing blobs side by side, the largest first; a blob that several images need travels once."""
+def _copy_blobs(promotions: t.Sequence[_Promotion], workers: _Workers, check: bool) -> None:
+    """Copy all missing blobs side by side, the largest first; a blob that several images need travels once. ``check``: only count them."""
     groups: dict[tuple[int, str], list[_Blob]] = {}
     for promotion in promotions:
         promotion.outcome.blobs.update(mounted=0, copied=0)
@@ -528,10 +594,10 @@ def _copy_blobs(promotions: t.Sequence[_Promotion], workers: _Workers) -> None:
         for blob in promotion.blobs:
             groups.setdefault((id(promotion.destination), blob.descriptor.digest), []).append(blob)
     ordered = sorted(groups.values(), key=lambda group: group[0].descriptor.size, reverse=True)
-    workers.map(lambda group: _place(group, workers.stop), ordered)
+    workers.map(lambda group: _place(group, workers.stop, check), ordered)
 
 
-def _place(group: list[_Blob], stop: threading.Event) -> None:
+def _place(group: list[_Blob], stop: threading.Event, check: bool) -> None:
     """Bring one blob to all repositories of one registry that lack it."""
     home = ""
     for blob in group:
@@ -541,8 +607,11 @@ def _place(group: list[_Blob], stop: threading.Event) -> None:
             _count(promotion, "present")
             continue
         mount_from = blob.mount_from or (home if not blob.damaged else "")
-        copied = _copy(promotion, blob.descriptor, mount_from, stop)
-        if (copied is None and promotion.rules.verify != "tag") or blob.damaged:
+        if check:
+            copied = None if mount_from else blob.descriptor.size
+        else:
+            copied = _copy(promotion, blob.descriptor, mount_from, stop)
+        if not check and ((copied is None and promotion.rules.verify != "tag") or blob.damaged):
             # No byte of a mounted blob was seen, and a registry may keep the damaged file: ask for it.
             state = promotion.destination.probe_blob(promotion.target_repo, blob.descriptor)
             if state != "present":
@@ -571,7 +640,8 @@ def _copy(promotion: _Promotion, blob: Descriptor, mount_from: str, stop: thread
     location = target.mount_blob(repository, blob, mount_from) if mount_from else ""
     if location is None:
         return None
-    offset = attempt = 0
+    offset = 0
+    patience = Patience(target.transport.policy, stop.wait)
     try:
         while True:
             try:
@@ -584,11 +654,8 @@ def _copy(promotion: _Promotion, blob: Descriptor, mount_from: str, stop: thread
                 return blob.size
             except Interrupted as exc:
                 # A smaller part is not a repetition.
-                delay = 0 if exc.details.get("status") == 413 else target.transport.policy.delay(attempt, exc.retry_after)
-                if exc.final or delay is None:
+                if exc.final or (exc.details.get("status") != 413 and not patience.wait(exc.retry_after)):
                     raise
-                attempt += bool(delay)
-                stop.wait(delay)
                 resumed = target.resume_upload(repository, location) if location and "status" not in exc.details else None
                 if resumed is None and location:
                     target.cancel_upload(repository, location)

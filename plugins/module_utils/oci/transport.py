@@ -11,6 +11,7 @@ for, so this is plain ``http.client`` with a pool that threads share.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import http.client
 import ipaddress
@@ -83,6 +84,23 @@ class RetryPolicy:
         if asked is None:
             return backoff
         return None if asked > LONGEST_WAIT else max(asked, backoff)
+
+
+class Patience:
+    """What is left of one budget of retries; ``wait`` spends it."""
+
+    def __init__(self, policy: RetryPolicy, sleep: t.Callable[[float], object] | None = None) -> None:
+        self._policy, self._sleep = policy, sleep
+        self._attempt = 0
+
+    def wait(self, retry_after: str | None = None) -> bool:
+        """Pause before the next attempt; ``False``, and no pause, when there is none left."""
+        delay = self._policy.delay(self._attempt, retry_after)
+        if delay is None:
+            return False
+        self._attempt += 1
+        (self._sleep or time.sleep)(delay)
+        return True
 
 
 def parse_retry_after(value: str | None) -> float | None:
@@ -173,6 +191,8 @@ class Transport:
         self._options = options
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
+        # Whoever asks, from however many threads: no more questions at a time than the registry was to get.
+        self._turns = threading.BoundedSemaphore(options.concurrency)
         self._tls: ssl.SSLContext | None = None
         self.policy = RetryPolicy(options.retries)
 
@@ -202,17 +222,21 @@ class Transport:
         if urlsplit(url).scheme == "http" and not self._options.plain_http:
             tried = f"{method} {without_query(url)}"
             raise DeliveryError(tried, "it would be sent unencrypted", "Set plain_http if that is meant.", "config")
-        attempt = 0
+        patience = Patience(self.policy)
+        # A body that exists once cannot be sent again.
+        again = retry and chunks is None
         while True:
             retry_after = None
             try:
-                response = self._follow(method, url, headers, body, chunks, stream)
-                if response.status not in RETRY_STATUSES:
-                    if not stream:
-                        response.read_all(limit)
-                    return response
-                retry_after = response.headers.get("Retry-After")
-                response.read_all()
+                # A stream has its turn until it begins, an upload none: it lasts as long as what feeds it, perhaps from the same registry.
+                with self._turns if chunks is None else contextlib.nullcontext():
+                    response = self._follow(method, url, headers, body, chunks, stream)
+                    if response.status not in RETRY_STATUSES:
+                        if not stream:
+                            response.read_all(limit)
+                        return response
+                    retry_after = response.headers.get("Retry-After")
+                    response.read_all()
                 asked = parse_retry_after(retry_after)
                 failure = Interrupted(
                     f"{method} {without_query(url)}",
@@ -222,12 +246,9 @@ class Transport:
                 failure.retry_after = retry_after
             except Interrupted as exc:
                 failure = exc
-            delay = self.policy.delay(attempt, retry_after) if retry and chunks is None else None
-            if delay is None:
-                failure.final = retry and chunks is None
+            if not again or not patience.wait(retry_after):
+                failure.final = again
                 raise failure
-            attempt += 1
-            time.sleep(delay)
 
     def _follow(
         self, method: str, url: str, headers: t.Mapping[str, str], body: bytes | None, chunks: t.Iterable[t.Any] | None, stream: bool

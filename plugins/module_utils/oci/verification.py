@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import Registries, RegistryClient
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.cosign import (
+    BUNDLE_PREDICATE,
+    BUNDLE_TYPE,
     PREDICATES,
     SIGN_PREDICATE,
     Attachment,
@@ -30,14 +32,13 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.cosign impor
     Signer,
     certificate_names,
     statement_of,
+    subjects_of,
 )
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import OCI_EMPTY, Manifest
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions, client_options_from
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import Reference, digest_tag
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import list_referrers
 
-_BUNDLE_TYPE = "application/vnd.dev.sigstore.bundle"
-_BUNDLE_PREDICATE = "dev.sigstore.bundle.predicateType"
 #: What cosign 2 attaches where it was told to use referrers, with the suffix of the tag it uses otherwise.
 _COSIGN_TYPES = {"application/vnd.dev.cosign.artifact.sig.v1+json": ".sig", "application/vnd.dev.cosign.artifact.att.v1+json": ".att"}
 #: Attestations carry whole SBOMs.
@@ -152,18 +153,18 @@ def find_evidence(client: RegistryClient, repository: str, digest: str, attestat
             found[suffix].append(_read(client, repository, manifest))
     for referrer in list_referrers(client, repository, digest):
         # cosign 2 lists its bundles in the fallback tag under the type of their empty config, so there the manifest must be asked.
-        if referrer.artifact_type not in ("", OCI_EMPTY, *_COSIGN_TYPES) and not referrer.artifact_type.startswith(_BUNDLE_TYPE):
+        if referrer.artifact_type not in ("", OCI_EMPTY, *_COSIGN_TYPES) and not referrer.artifact_type.startswith(BUNDLE_TYPE):
             continue
         manifest = client.manifest(repository, referrer.digest)
         if manifest is None or manifest.subject != digest:
             # A list may name what was deleted since, or what never belonged here.
             continue
         kind = str(manifest.referrer_descriptor().get("artifactType") or "")
-        predicate = (manifest.content.get("annotations") or {}).get(_BUNDLE_PREDICATE, SIGN_PREDICATE)
+        predicate = (manifest.content.get("annotations") or {}).get(BUNDLE_PREDICATE, SIGN_PREDICATE)
         if kind in _COSIGN_TYPES and _COSIGN_TYPES[kind] in wanted:
             found[_COSIGN_TYPES[kind]].append(_read(client, repository, manifest))
-        elif kind.startswith(_BUNDLE_TYPE) and (attestations or predicate == SIGN_PREDICATE):
-            layers = [blob for blob in manifest.blobs if blob.media_type.startswith(_BUNDLE_TYPE)]
+        elif kind.startswith(BUNDLE_TYPE) and (attestations or predicate == SIGN_PREDICATE):
+            layers = [blob for blob in manifest.blobs if blob.media_type.startswith(BUNDLE_TYPE)]
             bundles += [client.read_blob(repository, layer, _LARGEST_BLOB) for layer in layers]
     return Evidence(tuple(found[".sig"]), tuple(found[".att"]), tuple(bundles))
 
@@ -223,13 +224,13 @@ def _signatures(image: Manifest, evidence: Evidence, policy: Policy, cosign: Cos
             checked = cosign.signatures(signer, image, signed)
             keep(checked, signer, [({_image_of(item)}, _tag_proof(signer, item)) for item in checked.statements])
     for bundle in bundles:
-        claimed = _subjects(_statement(bundle) or {})
+        claimed = subjects_of(_statement(bundle) or {})
         if image.digest not in claimed:
             reasons.append(f"a signature beside it is for {_listed(claimed)}, not for this image")
             continue
         for signer in policy.signers:
             checked = cosign.bundle(signer, image.digest, bundle, SIGN_PREDICATE)
-            keep(checked, signer, [(_subjects(item), _bundle_proof(signer, bundle, item)) for item in checked.statements])
+            keep(checked, signer, [(subjects_of(item), _bundle_proof(signer, bundle, item)) for item in checked.statements])
     signers = {proof["signer"] for proof in proofs}
     if len(signers) >= policy.min_signers:
         return proofs, []
@@ -283,8 +284,8 @@ def _attestations(
         if checked.refusal:
             reasons.append(f"not by {signer.name} ({checked.refusal})")
         for statement in checked.statements:
-            if statement.get("predicateType") != predicate or image.digest not in _subjects(statement):
-                reasons.append(f"one by {signer.name} is about {_listed(_subjects(statement))}, not about this image")
+            if statement.get("predicateType") != predicate or image.digest not in subjects_of(statement):
+                reasons.append(f"one by {signer.name} is about {_listed(subjects_of(statement))}, not about this image")
                 continue
             proof = _proof(signer, names, {}, form)
             del proof["annotations"]
@@ -297,8 +298,8 @@ def _attestations(
         if kind != predicate:
             others.update({kind} - {SIGN_PREDICATE, ""})
             return False
-        if image.digest not in _subjects(statement):
-            reasons.append(f"one is about {_listed(_subjects(statement))}, not about this image")
+        if image.digest not in subjects_of(statement):
+            reasons.append(f"one is about {_listed(subjects_of(statement))}, not about this image")
             return False
         return True
 
@@ -353,13 +354,6 @@ def _envelope_statement(envelope: bytes) -> dict[str, t.Any] | None:
 
 def _statement(bundle: bytes) -> dict[str, t.Any] | None:
     return statement_of(_json(bundle).get("dsseEnvelope"))
-
-
-def _subjects(statement: t.Mapping[str, t.Any]) -> set[str]:
-    """The digests that an in-toto statement is about."""
-    subjects = statement.get("subject")
-    found = [item.get("digest") for item in subjects if isinstance(item, dict)] if isinstance(subjects, list) else []
-    return {f"{algorithm}:{value}" for digest in found if isinstance(digest, dict) for algorithm, value in digest.items()}
 
 
 def _bundle_names(bundle: bytes) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.errors import De
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
 from ansible_collections.selfhost.delivery.plugins.module_utils.probes import WaitResult, parse_checks, wait_ready
 from ansible_collections.selfhost.delivery.plugins.module_utils.releases import Journal, Lease, current_id, journal_path, release_path
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import Edge, edge_from
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import HOLDING, Edge, edge_from
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import ServiceSpec, Spec, is_alive
 
 #: How long the edge may take to see an upstream that has just answered its readiness probe.
@@ -34,6 +34,8 @@ LOG_LINES = 20
 RUNNING_STABLE = 5
 #: One look at what runs before the release: was it ready? It bounds how long a broken predecessor delays its replacement.
 FIRST_LOOK_TIMEOUT = 2.0
+#: Kinds of ``services.<name>.ready`` that ask the service at its port.
+ASKED_AT_PORT = ("http", "tcp", "grpc")
 
 Container = dict[str, t.Any]
 
@@ -65,6 +67,7 @@ class Host:
         self.engine = Engine(spec.docker_socket)
         self.edge: Edge = edge_from({key: value for key, value in spec.edge.items() if key != "network"})
         self.has_edge = spec.edge.get("type") != "none"
+        self.can_hold = spec.edge.get("type") in HOLDING
         self.journal = Journal.open(journal_path(spec.project_dir, spec.release_id), run_id)
         opened = os.path.exists(os.path.join(release_path(spec.project_dir, spec.release_id), "release.json"))
         self.lease = Lease(spec.project_dir, run_id) if run_id and opened else None
@@ -89,7 +92,10 @@ class Host:
         told = Spec.from_dict(previous) if previous else self.spec
         containers: dict[str, dict[str, t.Any]] = {}
         asked: dict[str, ServiceSpec] = {}
+        kept = self.kept()
         for one in self.containers():
+            if one["Id"] in kept:  # serves no more, so nothing goes back to it
+                continue
             service = one["Labels"].get(SERVICE_LABEL, "")
             details = self.engine.inspect(one["Id"])
             running = is_alive(one)
@@ -117,6 +123,33 @@ class Host:
             "services": told.as_dict()["services"],
             "routes": dict(told.routes),
         }
+
+    # -- what was kept
+
+    def kept(self) -> dict[str, dict[str, t.Any]]:
+        """Containers that the release which serves has replaced and not removed: id to ``{"service": …, "restart": policy}``."""
+        current = current_id(self.spec.project_dir)
+        return dict((read_rollout(self.spec.project_dir, current) or {}).get("kept") or {}) if current else {}
+
+    def keep(self, release_id: str, containers: t.Mapping[str, t.Mapping[str, t.Any]]) -> None:
+        """Write down what a release keeps, in the form of ``kept``."""
+        record = read_rollout(self.spec.project_dir, release_id)
+        if record is not None and (record.get("kept") or {}) != containers:
+            write_json(rollout_path(self.spec.project_dir, release_id), {**record, "kept": dict(containers)})
+
+    def end_kept(self, release_id: str, spared: t.Collection[str] = ()) -> dict[str, dict[str, t.Any]]:
+        """Stop and remove what ``release_id`` has kept, but for the ``spared``, which are nobody's then. Returns all that was kept."""
+        kept = dict((read_rollout(self.spec.project_dir, release_id) or {}).get("kept") or {})
+        gone = [container for container in kept if container not in spared]
+
+        def end(container: str) -> None:
+            service = self.spec.services.get(kept[container]["service"])
+            self.retire([container], service.stop_timeout if service else None)
+            self.engine.remove(container)
+
+        self.side_by_side(end, gone)
+        self.keep(release_id, {})
+        return kept
 
     # -- journal
 
@@ -157,13 +190,16 @@ class Host:
     def of_service(self, service: str) -> list[Container]:
         return [one for one in self.containers() if one["Labels"].get(SERVICE_LABEL) == service]
 
-    def retire(self, containers: t.Iterable[str], timeout: float) -> None:
-        """Stop them so that they stay stopped, also over a restart of the engine. What was their policy is in ``before``."""
+    def retire(self, containers: t.Iterable[str], timeout: float | None, otherwise: float = 10) -> None:
+        """Stop them so that they stay stopped, also over a restart of the engine. What was their policy is in ``before``.
+
+        ``timeout`` and ``otherwise`` in seconds, as ``Engine.stop`` takes them.
+        """
         targets = list(containers)
 
         def one(container: str) -> None:
             try:
-                self.engine.stop(container, timeout)
+                self.engine.stop(container, timeout, otherwise)
                 # An engine that starts again also starts stopped containers with these policies. Set only now: the policy of one
                 # that is just between two restarts cannot be.
                 policy = self.engine.inspect(container)["HostConfig"]["RestartPolicy"]["Name"]
@@ -250,7 +286,9 @@ class Host:
     def _check(self, container: str, given: ServiceSpec, settle: bool) -> dict[str, t.Any]:
         # Readiness is asked from outside the image; the container is watched beside it, so that its end is noticed at once.
         check = {**ready_check(given, lambda: self.address(container), container), "name": short_id(container), "stable": given.stable}
-        if "container" not in check:
+        if "log" in check:  # it looks at its container itself
+            pass
+        elif "container" not in check:
             check["watch"] = container
         elif not (self.engine.inspect(container).get("State") or {}).get("Health"):
             check["stable"] = max(given.stable, RUNNING_STABLE)
@@ -265,18 +303,27 @@ class Host:
 
     # -- the edge
 
-    def point(self, service: str, port: int, addresses: t.Sequence[str], drain_timeout: float) -> dict[str, t.Any]:
-        """Make ``addresses`` the only upstreams of the service: added and seen up first, then the others drained and emptied.
+    def let_in(self, service: str, port: int, addresses: t.Sequence[str]) -> list[tuple[str, int]]:
+        """Give requests to ``addresses``, seen up, beside whatever has them; returns those that had none before."""
+        return self._let_in(service, port, addresses)[0]
 
-        Returns ``{"added": […], "removed": […], "cut": sessions, "drain": seconds}``.
-        """
+    def _let_in(self, service: str, port: int, addresses: t.Sequence[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        """``let_in``, and beside that who else has them."""
         backend = self.spec.backend(service)
         there = {(up.address, up.port): up for up in self.edge.upstreams(backend)}
         wanted = [(address, port) for address in addresses]
         added = [target for target in wanted if target not in there or there[target].state != "ready" or not there[target].up]
         for address, number in added:
             self.edge.add(backend, address, number, EDGE_TIMEOUT)
-        others = [target for target in there if target not in wanted]
+        return added, [target for target in there if target not in wanted]
+
+    def point(self, service: str, port: int, addresses: t.Sequence[str], drain_timeout: float) -> dict[str, t.Any]:
+        """Make ``addresses`` the only upstreams of the service: added and seen up first, then the others drained and emptied.
+
+        Returns ``{"added": […], "removed": […], "cut": sessions, "drain": seconds}``.
+        """
+        backend = self.spec.backend(service)
+        added, others = self._let_in(service, port, addresses)
         drained = self.side_by_side(lambda target: self.edge.drain(backend, target[0], target[1], drain_timeout), others)
         for address, number in others:
             self.edge.remove(backend, address, number)
@@ -290,19 +337,23 @@ class Host:
 
 def ready_check(given: ServiceSpec, address: t.Callable[[], str], container: str) -> dict[str, t.Any]:
     """``services.<name>.ready`` as one check of ``parse_checks`` for one container; ``DeliveryError`` (config) when it cannot be one."""
-    ready = given.ready or {}
+    ready = {kind: probe for kind, probe in (given.ready or {}).items() if probe is not None}
     if not ready:
         return {"container": {"name": container}}
-    if ready.get("command"):
-        return {"command": {"container": container, "argv": list(ready["command"])}}
     where = f"Reading services.{given.name}.ready"
-    if not (ready.get("tcp") or ready.get("http")):
-        raise DeliveryError(where, f"it has {', '.join(ready)}", "Give one of http, tcp, command, or leave it out.")
+    if len(ready) > 1 or not ready.keys() <= {*ASKED_AT_PORT, "command", "log"} or not all(ready.values()):
+        raise DeliveryError(where, f"it has {', '.join(ready)}", f"Give one of {', '.join(ASKED_AT_PORT)}, command, log, or leave it out.")
+    if "command" in ready:
+        return {"command": {"container": container, "argv": list(ready["command"])}}
+    if "log" in ready:
+        return {"log": {"container": container, "pattern": ready["log"]}}
     if not given.port:
         raise DeliveryError(where, "there is no port to ask", f"Set services.{given.name}.port to the container port.")
     host = address()
-    if ready.get("tcp"):
+    if "tcp" in ready:
         return {"tcp": {"host": host, "port": given.port}}
+    if "grpc" in ready:
+        return {"grpc": {**(ready["grpc"] if isinstance(ready["grpc"], t.Mapping) else {}), "host": host, "port": given.port}}
     http = ready["http"] if isinstance(ready["http"], t.Mapping) else {"path": str(ready["http"])}
     probe = {key: http[key] for key in ("query", "headers") if http.get(key)}
     if http.get("status"):

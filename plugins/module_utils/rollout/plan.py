@@ -12,14 +12,23 @@ from dataclasses import asdict, dataclass, field
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import HASH_LABEL, SERVICE_LABEL
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.batches import Limits, limits_of
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import HOLD_REMEDY, HOLDING, WEIGHING
 
-PHASES = ("preflight", "pull", "dependencies", "hold", "migrate", "roll")
-STRATEGIES = ("auto", "start_first", "stop_first")
+PHASES = ("preflight", "pull", "dependencies", "hold", "migrate", "roll", "bake")
+STRATEGIES = ("auto", "start_first", "stop_first", "blue_green", "canary")
+#: Strategies in which old and new run side by side.
+SIDE_BY_SIDE = ("start_first", "blue_green", "canary")
 
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """One built service, as ``delivery_app.services`` describes it. Times in seconds."""
+    """One built service, as ``delivery_app.services`` describes it. Times in seconds.
+
+    ``parallel``, ``max_surge``, ``max_unavailable``: a number or a percentage, see ``batches.limits_of``. ``smoke``: a program and its
+    arguments, run in a new container before it gets requests. ``canary``: ``steps`` (percent) and what ``watch.Judgement`` reads.
+    ``stop_timeout``: ``None`` where the container knows.
+    """
 
     name: str
     port: int | None = None
@@ -28,8 +37,18 @@ class ServiceSpec:
     ready_timeout: float = 60
     stable: int = 1
     drain_timeout: float = 30
-    stop_timeout: float = 10
+    stop_timeout: float | None = None
     single: bool = False
+    parallel: int | str | None = None
+    max_surge: int | str | None = None
+    max_unavailable: int | str | None = None
+    smoke: tuple[str, ...] = ()
+    smoke_timeout: float = 60
+    keep_old_for: float = 0
+    canary: t.Mapping[str, t.Any] = field(default_factory=dict)
+
+    def limits(self, strategy: str, replicas: int) -> Limits:
+        return limits_of(strategy, replicas, self.parallel, self.max_surge, self.max_unavailable)
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,8 @@ class Spec:
     docker_config: str = ""
     min_free_mb: int = 512
     required_bytes: int = 0
+    confirm_within: float = 0
+    bake: t.Mapping[str, t.Any] = field(default_factory=dict)
 
     def backend(self, service: str) -> str:
         return f"{self.project}-{service}"
@@ -99,6 +120,8 @@ class Spec:
             docker_config=str(raw.get("docker_config") or ""),
             min_free_mb=int(raw.get("min_free_mb") or 0),
             required_bytes=int(raw.get("required_bytes") or 0),
+            confirm_within=float(raw.get("confirm_within") or 0),
+            bake=dict(raw.get("bake") or {}),
         )
 
 
@@ -124,8 +147,15 @@ def _service_spec(name: str, raw: t.Mapping[str, t.Any]) -> ServiceSpec:
         ready_timeout=number("ready_timeout", defaults.ready_timeout),
         stable=int(number("stable", defaults.stable)),
         drain_timeout=number("drain_timeout", defaults.drain_timeout),
-        stop_timeout=number("stop_timeout", defaults.stop_timeout),
+        stop_timeout=float(raw["stop_timeout"]) if raw.get("stop_timeout") is not None else None,
         single=bool(raw.get("single")),
+        parallel=raw.get("parallel"),
+        max_surge=raw.get("max_surge"),
+        max_unavailable=raw.get("max_unavailable"),
+        smoke=tuple(str(word) for word in raw.get("smoke") or ()),
+        smoke_timeout=number("smoke_timeout", defaults.smoke_timeout),
+        keep_old_for=number("keep_old_for", defaults.keep_old_for),
+        canary=dict(raw.get("canary") or {}),
     )
 
 
@@ -133,9 +163,10 @@ def _service_spec(name: str, raw: t.Mapping[str, t.Any]) -> ServiceSpec:
 class Step:
     """What happens to one service.
 
-    ``kind``: ``app``, ``dependency``, ``migrator``. ``action``: ``unchanged``, ``roll`` (new containers replace old ones), ``create``
-    (there were none), ``start`` (the right ones are there, stopped), ``run`` (migrator, or a dependency that runs to its end).
-    ``old`` and ``new`` are image references; ``old_ids`` the containers there are.
+    ``kind``: ``app``, ``dependency``, ``migrator``. ``action``: ``unchanged``, ``roll`` (new containers replace old ones), ``swap``
+    (containers that were kept from before replace them), ``create`` (there were none), ``start`` (the right ones are there, stopped),
+    ``run`` (migrator, or a dependency that runs to its end). ``old`` and ``new`` are image references; ``old_ids`` the containers there
+    are, ``kept_ids`` those that a ``swap`` takes.
     """
 
     service: str
@@ -147,13 +178,14 @@ class Step:
     new: str
     replicas: int
     old_ids: tuple[str, ...] = ()
+    kept_ids: tuple[str, ...] = ()
 
     @property
     def changes(self) -> bool:
         return self.action != "unchanged"
 
     def as_dict(self) -> dict[str, t.Any]:
-        return {**asdict(self), "old_ids": list(self.old_ids)}
+        return {**asdict(self), "old_ids": list(self.old_ids), "kept_ids": list(self.kept_ids)}
 
 
 @dataclass(frozen=True)
@@ -189,7 +221,7 @@ class Plan:
 
 def _line(step: Step, width: int) -> str:
     images = short_image(step.new) if step.old in ("", step.new) else f"{short_image(step.old)} -> {short_image(step.new)}"
-    how = {"roll": step.strategy, "create": "new", "start": "start again", "run": "run once"}[step.action]
+    how = {"roll": step.strategy, "swap": "swap", "create": "new", "start": "start again", "run": "run once"}[step.action]
     return f"{step.service:<{width}}  {images}  {how}" + (f" ({step.reason})" if step.reason else "")
 
 
@@ -205,10 +237,12 @@ def build(
     hashes: t.Mapping[str, str],
     containers: t.Sequence[t.Mapping[str, t.Any]],
     migrated: bool = False,
+    kept: t.Collection[str] = (),
 ) -> Plan:
     """The plan. ``containers``: those of the project, as ``Engine.containers`` lists them, one-off ones left out.
 
-    ``migrated``: this release's migrator has run already, or nothing calls for it.
+    ``migrated``: this release's migrator has run already, or nothing calls for it. ``kept``: ids of containers that serve no more, but were
+    not removed, so that going back to them is a swap.
     """
     services = model["services"]
     found: dict[str, list[t.Mapping[str, t.Any]]] = {}
@@ -216,7 +250,9 @@ def build(
         found.setdefault(container["Labels"].get(SERVICE_LABEL, ""), []).append(container)
 
     def compare(name: str, kind: str) -> Step:
-        return _compare(spec, name, kind, services, hashes.get(name, ""), found.get(name, []))
+        there = found.get(name, [])
+        spare = [one for one in there if one["Id"] in kept]
+        return _compare(spec, name, kind, services, hashes.get(name, ""), [one for one in there if one not in spare], spare)
 
     rolled = tuple(compare(name, "app") for name in roll_order(spec, services))
     needed = tuple(compare(name, "dependency") for name in dependency_order(spec, services))
@@ -236,24 +272,31 @@ def _compare(
     services: t.Mapping[str, t.Any],
     wanted_hash: str,
     existing: t.Sequence[t.Mapping[str, t.Any]],
+    spare: t.Sequence[t.Mapping[str, t.Any]],
 ) -> Step:
     service = services[name]
     image = service.get("image", "")
     replicas = replicas_of(service)
     strategy, why = choose_strategy(spec, name, kind, service, replicas)
+    if kind == "app" and strategy in ("start_first", "stop_first"):
+        why = ", ".join(filter(None, (spec.services[name].limits(strategy, replicas).describe(replicas), why)))
     alive = [one for one in existing if is_alive(one)]
     shown = alive or list(existing)
     old = str(shown[0].get("Image", "")) if shown else ""
     ends = runs_to_end(services, name)
 
-    def step(action: str, reason: str) -> Step:
-        return Step(name, kind, action, strategy, reason, old, image, replicas, tuple(one["Id"] for one in existing))
+    def step(action: str, reason: str, taken: t.Sequence[t.Mapping[str, t.Any]] = ()) -> Step:
+        ids, kept_ids = tuple(one["Id"] for one in existing), tuple(one["Id"] for one in taken)
+        return Step(name, kind, action, strategy, reason, old, image, replicas, ids, kept_ids)
+
+    def right(one: t.Mapping[str, t.Any]) -> bool:
+        return bool(one["Labels"].get(HASH_LABEL) == wanted_hash and one.get("Image") == image)
 
     if replicas == 0 and not alive:
         return step("unchanged", "no replica wanted")
     if not existing:
         return step("run" if ends else "create", "there is no container yet")
-    fresh = [one for one in existing if one["Labels"].get(HASH_LABEL) == wanted_hash and one.get("Image") == image]
+    fresh = [one for one in existing if right(one)]
     if ends:
         done = any(one["State"] == "exited" and "(0)" in one.get("Status", "") for one in fresh)
         return step("unchanged", "it has run to its end") if done else step("run", "it has to run to its end")
@@ -261,6 +304,9 @@ def _compare(
         return step("unchanged", "image and configuration are the same, and it runs")
     if not alive and len(fresh) >= replicas:
         return step("start", "it does not run")
+    usable = [one for one in spare if right(one)]
+    if alive and strategy in SIDE_BY_SIDE and 0 < replicas <= len(usable):
+        return step("swap", "its containers of before are still there", usable[:replicas])
     return step("roll", why if alive else "it does not run")
 
 
@@ -279,14 +325,14 @@ def choose_strategy(spec: Spec, name: str, kind: str, service: t.Mapping[str, t.
         return "stop_first", "single: true"
     if given.strategy == "stop_first":
         return "stop_first", "strategy: stop_first"
-    if given.strategy == "start_first":
+    if given.strategy in SIDE_BY_SIDE:
         if blocker:
             raise DeliveryError(
-                f"Planning {name} as start_first",
+                f"Planning {name} as {given.strategy}",
                 f"old and new cannot run side by side: {blocker}",
                 f"Remove it, or set services.{name}.strategy to stop_first or auto.",
             )
-        return "start_first", "strategy: start_first"
+        return given.strategy, describe_strategy(given)
     if blocker:
         return "stop_first", blocker
     writable = writable_mount(service)
@@ -295,6 +341,16 @@ def choose_strategy(spec: Spec, name: str, kind: str, service: t.Mapping[str, t.
     if name in spec.routes:
         return "start_first", ""
     return "start_first", "no route: the new one starts first"
+
+
+def describe_strategy(given: ServiceSpec) -> str:
+    """What a strategy that was asked for will do, in a few words."""
+    if given.strategy == "canary":
+        steps = ", ".join(f"{percent} %" for percent in given.canary.get("steps") or ())
+        return f"{steps} of the requests for {float(given.canary.get('seconds') or 0):g} s each, then all"
+    if given.strategy == "blue_green":
+        return f"all at once, the old ones stay for {given.keep_old_for:g} s" if given.keep_old_for else "all at once"
+    return "strategy: start_first"
 
 
 def cannot_run_twice(service: t.Mapping[str, t.Any]) -> str:
@@ -443,6 +499,16 @@ def check_images(spec: Spec, model: t.Mapping[str, t.Any]) -> None:
             )
 
 
+def check_hold(spec: Spec) -> None:
+    """Refuse to promise that writes wait where the edge cannot let them."""
+    kind = spec.edge.get("type") or "none"
+    if spec.hold and spec.routes and kind not in HOLDING:
+        seen = f"an edge of type {kind} cannot let requests wait"
+        if kind == "none":
+            seen = "there is no edge in front of this app that could let requests wait"
+        raise DeliveryError("Planning to hold writes", seen, HOLD_REMEDY)
+
+
 def check_shapes(spec: Spec, model: t.Mapping[str, t.Any], plan: Plan) -> None:
     """Refuse what cannot be replaced side by side with what runs."""
     for step in (*plan.services, *plan.dependencies):
@@ -455,6 +521,19 @@ def check_shapes(spec: Spec, model: t.Mapping[str, t.Any], plan: Plan) -> None:
                 "until the release is committed",
                 "Remove container_name; inside the project's networks the service name answers.",
             )
+    for step in plan.services:
+        _check_strategy(spec, step)
     for name, port in spec.routes.items():
         if not port and spec.edge.get("type") != "none":
             raise DeliveryError(f"Reading routes.{name}", "it has no port", f"Set services.{name}.port to the container port.")
+
+
+def _check_strategy(spec: Spec, step: Step) -> None:
+    given, tried = spec.services[step.service], f"Planning {step.service} as {step.strategy}"
+    kind = spec.edge.get("type") or "none"
+    if step.strategy == "canary" and (kind not in WEIGHING or step.service not in spec.routes):
+        seen = f"an edge of type {kind} shares no requests out by weight" if step.service in spec.routes else "it has no route"
+        raise DeliveryError(tried, seen, "Put HAProxy in front of it (role edge), or choose another strategy.")
+    if step.strategy == "stop_first" and given.max_surge not in (None, 0, "0%"):
+        seen = f"max_surge is {given.max_surge}, but old and new are not to run side by side"
+        raise DeliveryError(tried, seen, "Leave max_surge out, max_unavailable alone holds here.")

@@ -27,6 +27,8 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.releases import 
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import plan as planning
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import undo
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import OLDEST_COMPOSE, Compose, parse_version
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import Waiter
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import WEIGHING
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host import (
     Container,
     Host,
@@ -35,6 +37,8 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host imp
     ready_check,
 )
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import PHASES, Plan, ServiceSpec, Spec, Step
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.roll import Move, Roller
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.watch import Judgement, Watch
 
 OLDEST_ENGINE = (20, 10)
 DEPENDENCY_TIMEOUT = 120.0
@@ -58,6 +62,9 @@ def apply(
             lease = rollout.host.lease
             if lease is not None:
                 lease.check()
+            if spec.confirm_within and "roll" in phases:
+                rollout.waiter = Waiter(spec.project_dir, spec.release_id, spec.confirm_within, lambda: undo.go_back_alone(spec, run_id))
+            if lease is not None:
                 stack.enter_context(Keepalive(lease, ttl=float((lease.read() or {}).get("ttl") or 900)))
         rollout.read()
         if "preflight" in phases:
@@ -72,13 +79,20 @@ def apply(
                 if phase in phases:
                     with rollout.timed(phase):
                         getattr(rollout, phase)()
-        except DeliveryError as exc:
+        except (DeliveryError, OSError) as caught:
+            exc = caught if isinstance(caught, DeliveryError) else _unwritable(spec, caught)
             exc.details.update(rollout.result(planned), changed=rollout.changed)
             lost_lease = exc.failure_class == "lock"  # whoever has it now also undoes
             if take_back and not lost_lease:
                 exc.details["reverted"] = _take_back(rollout, exc)
-            raise
+            raise exc from caught.__cause__
     return rollout.result(planned)
+
+
+def _unwritable(spec: Spec, exc: OSError) -> DeliveryError:
+    """Everything that is asked of others says what is wrong itself; what is left are the files of the release."""
+    where = exc.filename or release_path(spec.project_dir, spec.release_id)
+    return DeliveryError(f"Writing {where}", exc.strerror or str(exc), "Make room, or make it writable.", "capacity")
 
 
 def _take_back(rollout: Rollout, cause: DeliveryError) -> bool:
@@ -120,6 +134,7 @@ class Rollout:
         self.hashes: dict[str, str] = {}
         self.plan = Plan((), None, ())
         self._remembered = False
+        self.waiter: Waiter | None = None
         self.volumes: list[dict[str, t.Any]] = []
 
     # -- reading
@@ -137,9 +152,10 @@ class Rollout:
 
     def replan(self) -> None:
         containers = self.host.containers()
-        self.plan = planning.build(self.spec, self.model, self.hashes, containers)
+        kept = self.host.kept()
+        self.plan = planning.build(self.spec, self.model, self.hashes, containers, kept=kept)
         if self.spec.migrator is not None and self.spec.migrator.run and self._nothing_to_migrate():
-            self.plan = planning.build(self.spec, self.model, self.hashes, containers, migrated=True)
+            self.plan = planning.build(self.spec, self.model, self.hashes, containers, migrated=True, kept=kept)
 
     def _nothing_to_migrate(self) -> bool:
         if any(entry["step"] == "migrated" and entry["event"] == "end" for entry in self.host.journal.entries()):
@@ -211,15 +227,11 @@ class Rollout:
             try:
                 parse_checks([ready_check(given, lambda: "127.0.0.1", "container")])
             except DeliveryError as exc:
-                raise DeliveryError(f"Reading services.{given.name}.ready", exc.seen, exc.remedy) from exc
+                key = exc.tried[len("checks[0]") :] if exc.tried.startswith("checks[0]") else ""
+                raise DeliveryError(f"Reading services.{given.name}.ready{key}", exc.seen, exc.remedy) from exc
 
     def _check_edge(self) -> None:
-        if self.spec.hold and self.spec.routes and not self.host.has_edge:
-            raise DeliveryError(
-                "Planning to hold writes",
-                "there is no edge in front of this app that could let requests wait",
-                "Give the app an edge, or set delivery_app.policies.migrations to compatible.",
-            )
+        planning.check_hold(self.spec)
         for service in self.spec.routes:
             self.host.edge.check(self.spec.backend(service))
 
@@ -332,7 +344,7 @@ class Rollout:
             created = self._startable(step)
         alive = [one for one in alive_ids(self.host.of_service(step.service)) if one not in created]
         with self.host.step("dependencies", step.service, old=alive, new=created) as ended:
-            self.host.retire(alive, DEPENDENCY_STOP_TIMEOUT)
+            self.host.retire(alive, None, DEPENDENCY_STOP_TIMEOUT)
             for container in created:
                 self.engine.start(container)
             if step.action == "run":
@@ -340,7 +352,7 @@ class Rollout:
             else:
                 self.host.gate(step.service, ServiceSpec(step.service), created, DEPENDENCY_TIMEOUT)
             ended["seconds"] = round(time.monotonic() - started, 3)
-        self._report(step, {"ready": ended["seconds"]}, started)
+        self._report(step, {"ready": ended["seconds"]}, ended["seconds"])
 
     def _run_to_end(self, service: str, containers: t.Sequence[str]) -> None:
         for container in containers:
@@ -398,7 +410,8 @@ class Rollout:
                 self.engine.start(container)
             ended.update(container=container, **self._await_migrator(container, self.spec.migrator.timeout))
             self.engine.remove(container, force=True, volumes=True)
-        self._report(step, {"run": round(time.monotonic() - started, 3)}, started)
+        seconds = time.monotonic() - started
+        self._report(step, {"run": round(seconds, 3)}, seconds)
 
     def _leftover_migrator(self, service: str, name: str) -> str | None:
         """A migrator that a killed run left. Of this release: it is waited for, not doubled. Of another: it is stopped first."""
@@ -439,10 +452,11 @@ class Rollout:
         steps = [step for step in self.plan.services if step.changes]
         self._report_unchanged(self.plan.services)
         self.remember()
+        kept = self._take_kept(steps)
         if not steps:
             self._let_requests_in()
             return
-        fresh = [step for step in steps if step.action != "start"]
+        fresh = [step for step in steps if step.action not in ("start", "swap")]
         created: dict[str, list[str]] = {}
         if fresh:
             # Not routed: making containers switches nothing.
@@ -450,9 +464,60 @@ class Rollout:
                 self.changed = True
                 created = self._create(fresh)
                 ended["created"] = created
-        for step in steps:
-            self._roll_one(step, created.get(step.service) or self._startable(step))
+        if self.waiter is not None:
+            self.waiter.arm()
+        self.changed = True
+        roller = Roller(self.host)
+        moves = [self._move(step, created.get(step.service, []), kept) for step in steps]
+        group = [move for move in moves if move.step.strategy == "blue_green"]
+        for move in moves:
+            if move not in group:
+                roller.run(move)
+            elif move is group[0]:
+                roller.run_group(group, self.model["services"])
+        for move in moves:
+            self._report(move.step, move.phases, move.seconds, cut=move.cut, containers=move.new)
+        self.warnings += roller.warnings
         self._let_requests_in()
+
+    def _take_kept(self, steps: t.Sequence[Step]) -> dict[str, dict[str, t.Any]]:
+        """What the release that serves has kept ends here, but for what this one swaps to. Returns all of it, by container."""
+        current = current_id(self.spec.project_dir)
+        if not current or current == self.spec.release_id:
+            return {}
+        return self.host.end_kept(current, [container for step in steps for container in step.kept_ids])
+
+    def _move(self, step: Step, created: list[str], kept: t.Mapping[str, t.Mapping[str, t.Any]]) -> Move:
+        service = step.service
+        port = self.spec.routes.get(service) if self.host.has_edge else None
+        new = list(step.kept_ids) or created or self._startable(step)
+        old = [one for one in alive_ids(self.host.of_service(service)) if one not in new]
+        policies = {container: kept[container]["restart"] for container in step.kept_ids if container in kept}
+        if step.action == "start":
+            before = (read_rollout(self.spec.project_dir, self.spec.release_id) or {}).get("before", {}).get("containers", {})
+            policies = {container: before[container]["restart"] for container in new if container in before}
+        return Move(step, self.spec.services[service], port, old, new, policies)
+
+    def bake(self) -> None:
+        """Watch all of the app for a while after the last service: whatever goes bad now takes the release back."""
+        judgement = Judgement.from_dict(self.spec.bake)
+        if not judgement.seconds:
+            return
+        found, kept = self.host.containers(), self.host.kept()
+        containers = {
+            name: alive_ids(one for one in found if one["Labels"].get(SERVICE_LABEL) == name and one["Id"] not in kept)
+            for name in self.spec.services
+        }
+        counting = self.spec.routes if self.spec.edge.get("type") in WEIGHING else {}
+        upstreams = {
+            self.spec.backend(name): [(self.host.address(container), port) for container in containers[name]]
+            for name, port in counting.items()
+        }
+        with self.host.step("baking", seconds=judgement.seconds) as ended:
+            watch = Watch(self.host, judgement, containers, upstreams)
+            counted = watch.hold_out(f"Watching release {self.spec.release_id}")
+            ended.update(requests=counted.requests, errors=counted.errors)
+        self.warnings += watch.warnings
 
     def _let_requests_in(self) -> None:
         """What `quiesced` held is let through: the new containers serve. Writes go on waiting where this release holds them."""
@@ -466,63 +531,6 @@ class Rollout:
         found = [one for one in self.host.of_service(step.service) if one["Labels"].get(planning.HASH_LABEL) == wanted]
         found.sort(key=lambda one: one["Created"])
         return [one["Id"] for one in found[-step.replicas :]] if step.action == "start" else []
-
-    def _roll_one(self, step: Step, new: list[str]) -> None:
-        service, started = step.service, time.monotonic()
-        given, port = self.spec.services[service], self.spec.routes.get(service)
-        old = [one for one in alive_ids(self.host.of_service(service)) if one not in new]
-        routed = port is not None and self.host.has_edge
-        phases: dict[str, float] = {}
-
-        def clocked(name: str, action: t.Callable[[], t.Any]) -> t.Any:
-            begun = time.monotonic()
-            try:
-                return action()
-            finally:
-                phases[name] = round(time.monotonic() - begun, 3)
-
-        def start() -> None:
-            self._start(step, new)
-
-        def switch(addresses: list[str]) -> dict[str, t.Any]:
-            if port is None:
-                raise AssertionError("only a service with a port is behind the edge")
-            return self.host.point(service, port, addresses, given.drain_timeout)
-
-        def new_addresses() -> list[str]:
-            return [self.host.address(container) for container in new]
-
-        with self.host.step("rolling", service, routed=port is not None, strategy=step.strategy, old=old, new=new) as ended:
-            self.changed = True
-            switched: dict[str, t.Any] = {}
-            if step.strategy == "stop_first":
-                if routed:
-                    switched = clocked("drain", lambda: switch([]))
-                clocked("stop", lambda: self.host.retire(old, given.stop_timeout))
-                clocked("start", start)
-                clocked("ready", lambda: self.host.gate(service, given, new))
-                if routed:
-                    clocked("switch", lambda: switch(new_addresses()))
-            else:
-                clocked("start", start)
-                clocked("ready", lambda: self.host.gate(service, given, new))
-                if routed:
-                    switched = clocked("switch", lambda: switch(new_addresses()))
-                clocked("stop", lambda: self.host.retire(old, given.stop_timeout))
-            ended.update(new=new, cut=switched.get("cut", 0), seconds=round(time.monotonic() - started, 3))
-        self._report(step, phases, started, cut=ended["cut"], containers=new)
-
-    def _start(self, step: Step, containers: t.Sequence[str]) -> None:
-        before = (read_rollout(self.spec.project_dir, self.spec.release_id) or {}).get("before", {}).get("containers", {})
-        for container in containers:
-            if step.action == "start" and container in before:
-                self.engine.set_restart_policy(container, before[container]["restart"])
-            try:
-                self.engine.start(container)
-            except DeliveryError as exc:
-                if exc.failure_class == "transport":
-                    raise
-                raise DeliveryError(f"Starting {step.service}", exc.seen, exc.remedy, "not_ready", service=step.service) from exc
 
     def _create(self, steps: t.Sequence[Step]) -> dict[str, list[str]]:
         """New containers beside the old ones: the ids that are there afterwards and were not before."""
@@ -561,12 +569,12 @@ class Rollout:
         finally:
             self.durations[phase] = round(time.monotonic() - started, 3)
 
-    def _report(self, step: Step, phases: t.Mapping[str, float], started: float, **more: t.Any) -> None:
+    def _report(self, step: Step, phases: t.Mapping[str, float], seconds: float, **more: t.Any) -> None:
         self.done[step.service] = {
             "action": step.action,
             "strategy": step.strategy,
             "reason": step.reason,
-            "seconds": round(time.monotonic() - started, 3),
+            "seconds": round(seconds, 3),
             "phases": dict(phases),
             **more,
         }
@@ -574,7 +582,7 @@ class Rollout:
     def _report_unchanged(self, steps: t.Iterable[Step]) -> None:
         for step in steps:
             if not step.changes:
-                self._report(step, {}, time.monotonic())
+                self._report(step, {}, 0.0)
 
     def result(self, planned: Plan) -> dict[str, t.Any]:
         return {

@@ -14,10 +14,13 @@ import contextlib
 import time
 import typing as t
 
+from ansible_collections.selfhost.delivery.plugins.module_utils.detached import detached
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import SERVICE_LABEL, EngineNotFound, short_id
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.releases import busy, current_id, describe_holder, fold
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import end_leftovers
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import disarm
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import WeighingEdge
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host import (
     Container,
     Host,
@@ -25,11 +28,13 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host imp
     await_engine,
     read_rollout,
 )
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import ServiceSpec, Spec, is_alive, short_image
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import SIDE_BY_SIDE, ServiceSpec, Spec, is_alive, short_image
 
 HOLD_AFTER = ("off", "keep", "all", "writes")
 DEPENDENCY_TIMEOUT = 120.0
 DEPENDENCY_STOP_TIMEOUT = 30.0
+#: Seconds that whoever ends what was kept waits for a module that works there.
+KEEPER_PATIENCE = 3600.0
 
 
 def marker(spec: Spec) -> str:
@@ -51,7 +56,8 @@ class _Found:
         self.scope: list[str] = record["scope"]
         self.old_routes: dict[str, int] = record["before"]["routes"]
         self.old_services: dict[str, t.Any] = record["before"]["services"]
-        self.now: list[Container] = host.containers()
+        kept = host.kept()
+        self.now: list[Container] = [one for one in host.containers() if one["Id"] not in kept]
 
     def new(self, service: str) -> list[Container]:
         return [one for one in self.now if one["Labels"].get(SERVICE_LABEL) == service and one["Id"] not in self.before]
@@ -76,7 +82,8 @@ def _load(project_dir: str, release_id: str, run_id: str) -> tuple[Host, dict[st
     return Host(Spec.from_dict(record["spec"]), run_id), record
 
 
-def _summary(changed: bool = False, **more: t.Any) -> dict[str, t.Any]:
+def summary(changed: bool = False, **more: t.Any) -> dict[str, t.Any]:
+    """The result of a state that is not ``applied``."""
     return {"changed": changed, "services": {}, "durations": {}, "lines": [], "delivery_warnings": [], **more}
 
 
@@ -90,7 +97,7 @@ def revert(project_dir: str, release_id: str, run_id: str = "", hold_after: str 
     """
     loaded = _load(project_dir, release_id, run_id)
     if loaded is None:
-        return _summary()
+        return summary()
     host, record = loaded
     state = fold(host.journal.entries())
     if state.status == "committed":
@@ -100,7 +107,7 @@ def revert(project_dir: str, release_id: str, run_id: str = "", hold_after: str 
     if check_mode:
         await_engine(host.engine)
         todo = _to_undo(host, _Found(host, record))
-        return _summary(bool(todo), lines=[f"{service}  back to what ran before" for service in todo])
+        return summary(bool(todo), lines=[f"{service}  back to what ran before" for service in todo])
     with busy(project_dir):
         if host.lease is not None:
             host.lease.check()
@@ -109,9 +116,11 @@ def revert(project_dir: str, release_id: str, run_id: str = "", hold_after: str 
 
 def revert_held(host: Host, hold_after: str = "off") -> dict[str, t.Any]:
     """``revert`` for a caller that has the host to itself already."""
+    with contextlib.suppress(OSError):  # on a full disk the host may go back a second time, which changes nothing
+        disarm(host.spec.project_dir, host.spec.release_id)
     record = read_rollout(host.spec.project_dir, host.spec.release_id)
     if not record or "before" not in record:
-        return _summary()
+        return summary()
     started = time.monotonic()
     try:
         await_engine(host.engine)
@@ -151,7 +160,16 @@ def revert_held(host: Host, hold_after: str = "off") -> dict[str, t.Any]:
     if errors:
         raise _failed(host, errors)
     durations = {"reverting": round(time.monotonic() - started, 3)}
-    return _summary(bool(todo), services=services, durations=durations, delivery_warnings=warnings)
+    return summary(bool(todo), services=services, durations=durations, delivery_warnings=warnings)
+
+
+def go_back_alone(spec: Spec, run_id: str) -> None:
+    """The way back when nobody is there who asked for it. Whoever has taken the lease since does it instead: ``DeliveryError`` (lock)."""
+    host = Host(spec, run_id)
+    if host.lease is not None:
+        host.lease.check()
+    host.journal.note("reverting", reason="not_confirmed", within=spec.confirm_within)
+    revert_held(host)
 
 
 def _to_undo(host: Host, found: _Found) -> list[str]:
@@ -184,7 +202,7 @@ def _differs(host: Host, found: _Found, service: str, old: t.Sequence[str]) -> b
 def _revert_service(host: Host, found: _Found, service: str, warnings: list[str]) -> None:
     old, new = found.old(service), [one["Id"] for one in found.new(service)]
     app = host.spec.services.get(service)
-    stop_timeout = app.stop_timeout if app else DEPENDENCY_STOP_TIMEOUT
+    stops = (app.stop_timeout, 10.0) if app else (None, DEPENDENCY_STOP_TIMEOUT)
     drain_timeout = app.drain_timeout if app else 0
     routed = service in host.spec.routes and host.has_edge
     for container in old:
@@ -203,7 +221,7 @@ def _revert_service(host: Host, found: _Found, service: str, warnings: list[str]
     if not beside:
         if routed:
             host.point(service, 0, [], drain_timeout)
-        host.retire(new, stop_timeout)
+        host.retire(new, *stops)
     for container in old:
         if host.engine.inspect(container)["HostConfig"]["RestartPolicy"] != found.before[container]["restart"]:
             host.engine.set_restart_policy(container, found.before[container]["restart"])
@@ -211,9 +229,12 @@ def _revert_service(host: Host, found: _Found, service: str, warnings: list[str]
     _await_old(host, found, service, old, warnings)
     if routed:
         port = found.old_routes.get(service, host.spec.routes[service])
-        host.point(service, port, [host.address(container) for container in old], drain_timeout)
+        addresses = [host.address(container) for container in old]
+        host.point(service, port, addresses, drain_timeout)
+        if app is not None and app.strategy == "canary":
+            t.cast(WeighingEdge, host.edge).weigh(host.spec.backend(service), {(address, port): -1 for address in addresses})
     if beside:
-        host.retire(new, stop_timeout)
+        host.retire(new, *stops)
     # What a failed release wrote to volumes without a name goes with it; a dependency's may hold data.
     ours = app is not None or (host.spec.migrator is not None and service == host.spec.migrator.service)
     for container in new:
@@ -224,7 +245,7 @@ def _can_run_beside(host: Host, service: str) -> bool:
     """Whether the release meant old and new to run at the same time: the journal knows the strategy it chose."""
     for entry in host.journal.entries():
         if entry["step"] == "rolling" and entry.get("service") == service and entry["event"] == "begin":
-            return bool(entry["data"].get("strategy") == "start_first")
+            return entry["data"].get("strategy") in SIDE_BY_SIDE
     return False
 
 
@@ -251,7 +272,8 @@ def _was_held(host: Host) -> bool:
 
 
 def _set_hold(host: Host, what: str) -> None:
-    if host.has_edge and host.spec.routes:
+    # Where nothing can be held, requests to an app that is stopped are refused.
+    if host.can_hold and host.spec.routes:
         host.edge.hold(host.spec.project, what)
 
 
@@ -274,7 +296,7 @@ def _failed(host: Host, errors: t.Sequence[DeliveryError]) -> DeliveryError:
             for one in host.containers()
             if is_alive(one)
         )
-    held = " Requests may still be held at the edge." if host.has_edge and _was_held(host) else ""
+    held = " Requests may still be held at the edge." if host.can_hold and _was_held(host) else ""
     return DeliveryError(
         f"Taking back release {host.spec.release_id}",
         "; ".join(error.message.rstrip(".") for error in errors),
@@ -296,13 +318,14 @@ def quiesce(
     """
     loaded = _load(project_dir, release_id, run_id)
     if loaded is None and spec is None:
-        return _summary()
+        return summary()
     host = loaded[0] if loaded else Host(t.cast(Spec, spec), run_id)
     if check_mode:
         await_engine(host.engine)
-        return _summary(any(_app_containers(host).values()))
+        return summary(any(_app_containers(host).values()))
     with busy(project_dir):
         await_engine(host.engine)
+        disarm(project_dir, release_id)
         end_leftovers(marker(host.spec))
         if loaded is None:
             host.remember([*host.spec.services, *((host.spec.migrator.service,) if host.spec.migrator else ())])
@@ -315,13 +338,13 @@ def quiesce(
 
             def stop(service: str) -> None:
                 given = host.spec.services.get(service)
-                host.retire(running[service], given.stop_timeout if given else 10)
+                host.retire(running[service], given.stop_timeout if given else None)
 
             # What changes data ends first.
             if migrator in running:
                 stop(migrator)
             host.side_by_side(stop, [service for service in running if service != migrator])
-    return _summary(bool(running), services={service: {"action": "stopped"} for service in running})
+    return summary(bool(running), services={service: {"action": "stopped"} for service in running})
 
 
 def _app_containers(host: Host) -> dict[str, list[str]]:
@@ -338,36 +361,52 @@ def finish(project_dir: str, release_id: str, run_id: str = "", check_mode: bool
     """At the commit: let requests through, which must work, and remove the old containers, where what fails only warns."""
     loaded = _load(project_dir, release_id, run_id)
     if loaded is None:
-        return _summary()
+        return summary()
     host, record = loaded
     if check_mode:
-        return _summary(bool(_replaced(_Found(host, record))))
+        return summary(bool(_replaced(_Found(host, record), record.get("kept") or {})))
     with busy(project_dir):
         # The commit has given the lease back. Whoever took it since tidies up at its own end, and may be holding writes.
         lock = host.lease.read() if host.lease is not None else None
         if lock is not None and lock["run_id"] != run_id:
-            return _summary(delivery_warnings=[f"nothing tidied up: another run works here ({describe_holder(lock)})"])
+            return summary(delivery_warnings=[f"nothing tidied up: another run works here ({describe_holder(lock)})"])
+        disarm(project_dir, release_id)
         warnings: list[str] = []
-        removed: dict[str, t.Any] = {}
+        done: dict[str, t.Any] = {}
+        changed = False
+        kept = record.get("kept") or {}
+        if kept:
+            seconds = max(host.spec.services[one["service"]].keep_old_for for one in kept.values())
+            detached(lambda: _end_kept_after(host, seconds))
         # A hold that stays would refuse every write: that is no warning. The commit has begun, so the next run comes here again.
         _set_hold(host, "off")
         try:
-            replaced = _replaced(_Found(host, record))
+            replaced = _replaced(_Found(host, record), kept)
         except DeliveryError as exc:
-            return _summary(delivery_warnings=[*warnings, exc.message])
+            return summary(delivery_warnings=[*warnings, exc.message])
+        for container, one in kept.items():
+            done.setdefault(one["service"], {"action": "kept old", "containers": []})["containers"].append(container)
         for service, ids in replaced.items():
             for container in ids:
                 try:
                     # Its volumes without a name may be the only copy of something: they stay.
                     host.engine.remove(container)
-                    removed.setdefault(service, {"action": "removed old", "containers": []})["containers"].append(container)
+                    changed = True
+                    done.setdefault(service, {"action": "removed old", "containers": []})["containers"].append(container)
                 except DeliveryError as exc:
                     warnings.append(exc.message)
-        return _summary(bool(removed), services=removed, delivery_warnings=warnings)
+        return summary(changed, services=done, delivery_warnings=warnings)
 
 
-def _replaced(found: _Found) -> dict[str, list[str]]:
-    """Stopped containers from before, of services in which a new one runs."""
+def _end_kept_after(host: Host, seconds: float) -> None:
+    """In a process of its own: what was kept ends, unless a later release has taken or ended it, which then has emptied the record."""
+    time.sleep(seconds)
+    with busy(host.spec.project_dir, timeout=KEEPER_PATIENCE):
+        host.end_kept(host.spec.release_id)
+
+
+def _replaced(found: _Found, kept: t.Container[str]) -> dict[str, list[str]]:
+    """Stopped containers from before that are not kept, of services in which a new one runs."""
     gone: dict[str, list[str]] = {}
     for service in found.scope:
         if not alive_ids(found.new(service)):
@@ -375,7 +414,7 @@ def _replaced(found: _Found) -> dict[str, list[str]]:
         ids = [
             one["Id"]
             for one in found.now
-            if one["Labels"].get(SERVICE_LABEL) == service and one["Id"] in found.before and not is_alive(one)
+            if one["Labels"].get(SERVICE_LABEL) == service and one["Id"] in found.before and not is_alive(one) and one["Id"] not in kept
         ]
         if ids:
             gone[service] = ids
@@ -390,14 +429,15 @@ def sync(project_dir: str, release_id: str = "", run_id: str = "", check_mode: b
     wanted = release_id or current_id(project_dir) or ""
     record = read_rollout(project_dir, wanted) if wanted else None
     if not record:
-        return _summary()
+        return summary()
     host = Host(Spec.from_dict(record["spec"]), run_id)
     if not host.has_edge:
-        return _summary()
+        return summary()
     with contextlib.ExitStack() as stack:
         if not check_mode:
             stack.enter_context(busy(project_dir))
-        containers = host.containers()
+        kept = host.kept()
+        containers = [one for one in host.containers() if one["Id"] not in kept]
         services: dict[str, t.Any] = {}
         for service, port in host.spec.routes.items():
             ids = [one["Id"] for one in containers if one["Labels"].get(SERVICE_LABEL) == service and one["State"] == "running"]
@@ -413,4 +453,4 @@ def sync(project_dir: str, release_id: str = "", run_id: str = "", check_mode: b
                 continue
             switched = {} if check_mode else host.point(service, port, addresses, host.spec.services[service].drain_timeout)
             services[service] = {"action": "repaired", **switched}
-        return _summary(any(one["action"] == "repaired" for one in services.values()), services=services)
+        return summary(any(one["action"] == "repaired" for one in services.values()), services=services)

@@ -95,7 +95,13 @@ class SnapshotEngine(t.Protocol):
         """Whatever the engine must know about the sources before the first pass."""
 
     def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float) -> list[Stored]:
-        """Store all sources in one call; one sound ``Stored`` for each, in order, or nothing is left behind and it raises."""
+        """Store all sources in one call; one sound ``Stored`` for each, in order, or nothing is left behind and it raises.
+
+        It tells at once what it can without asking the repository again; the rest is for ``identified``.
+        """
+
+    def identified(self, stored: t.Sequence[Stored]) -> list[Stored]:
+        """The same, each with the whole id and ``root``; raises when the repository does not have them."""
 
     def contents(self) -> list[Stored]:
         """Everything in the repository that carries a ``set`` tag, sound or not, oldest first."""
@@ -247,6 +253,26 @@ def password_of(password: str | None, password_file: str | None) -> str:
             "config",
         )
     return password
+
+
+#: The engines, and what only their repositories have on a file system.
+ENGINES = {"kopia": "kopia.repository.f", "restic": "keys"}
+
+
+def program_of(name: str) -> str:
+    """The program of an engine on this host, empty where there is none."""
+    return shutil.which(name) or ""
+
+
+def choose_engine(asked: str, repository: str, programs: t.Mapping[str, str]) -> str:
+    """The engine asked for; with ``auto`` the one that made the repository, else Kopia where its program is, otherwise restic."""
+    if asked != "auto":
+        return asked
+    if repository.startswith("/"):
+        for name, trace in ENGINES.items():
+            if os.path.exists(os.path.join(repository, trace)):
+                return name
+    return "kopia" if programs["kopia"] else "restic"
 
 
 def engine_from(name: str, settings: Settings) -> SnapshotEngine:

@@ -11,13 +11,17 @@ import os
 import time
 import typing as t
 
-from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine, EngineError, EngineNotFound
+from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine, EngineError, EngineNotFound, moment
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.guard import Guard
 
-#: Seconds until an engine that does not answer for a paused container is taken to hang; it answers in milliseconds.
-UNPAUSE_PATIENCE = 5.0
+#: Seconds until an engine that does not answer for a container it pauses is taken to hang; it answers in milliseconds.
+PATIENCE = 1.0
+#: Seconds to wait at most for a moment in which no health check runs.
+QUIET_PATIENCE = 10.0
+#: Seconds that pausing takes: no health check should begin within them.
+_PAUSING = 0.3
 
 CONSISTENCIES = ("none", "pause", "stop", "hooks")
 
@@ -72,6 +76,32 @@ def plan_hold(containers: t.Sequence[t.Mapping[str, t.Any]], action: str) -> lis
             )
         held.append({"id": str(container["Id"]), "name": name_of(container), "action": how, "found": state})
     return held
+
+
+def await_quiet(engine: Engine, held: t.Sequence[Held], patience: float = QUIET_PATIENCE) -> None:
+    """Wait for a moment in which no health check runs, or is about to begin, in what will be paused.
+
+    The engine hangs on a container that froze with a check in it (see ``_unpause``), and everybody who asks the app waits as long. After
+    ``patience`` seconds it goes on all the same.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        try:
+            if not any(check_is_due(engine.inspect(one["id"]), time.time()) for one in held if one["action"] == "pause"):
+                return
+        except EngineNotFound:
+            return  # hold() knows what to do about that
+        time.sleep(0.02)
+
+
+def check_is_due(container: t.Mapping[str, t.Any], now: float) -> bool:
+    """Whether its health check runs at ``now`` (seconds since 1970) or begins soon: its interval after the end of the one before."""
+    health, state = container["Config"].get("Healthcheck") or {}, container["State"]
+    if not health.get("Test") or health["Test"] == ["NONE"] or not state.get("Health") or not state.get("Running"):
+        return False
+    interval = (health.get("Interval") or 30_000_000_000) / 1e9
+    log = state["Health"].get("Log") or []
+    return now + min(_PAUSING, interval / 3) >= moment(log[-1]["End"] if log else state["StartedAt"]) + interval
 
 
 def hold(engine: Engine, held: t.Sequence[Held], stop_timeout: float) -> list[str]:
@@ -145,6 +175,7 @@ class Window:
     def __enter__(self) -> Window:
         if not self.held and not self.hooks:
             return self
+        await_quiet(self.engine, self.held)
         after = [{"container": hook["container"], "argv": list(hook["after"])} for hook in self.hooks if hook.get("after")]
         write_json(self.record, {"held": self.held, "after": after})
         self._guard.arm()
@@ -208,48 +239,69 @@ def mend_patiently(engine: Engine, record: str) -> None:
             time.sleep(1)
 
 
-def _unpause(engine: Engine, container: str) -> None:
-    """Unpause, also where the engine hangs: a health check that began just when the container froze makes it wait for that check
-    with the container's lock in its hand, and so for ever. Thawed behind its back the check ends; frozen again, it is unpaused as usual."""
-    try:
-        quick = Engine(engine.socket, timeout=UNPAUSE_PATIENCE)
-        if quick.inspect(container)["State"].get("Paused"):
-            quick.unpause(container)
-        return
-    except DeliveryError as exc:
-        if isinstance(exc, EngineError) or not _set_frozen(container, False):
-            raise
-    if engine.inspect(container)["State"].get("Paused"):
-        _set_frozen(container, True)  # the engine refuses to unpause what is not frozen
-        engine.unpause(container)
-
-
-def _set_frozen(container: str, frozen: bool) -> bool:
-    """Freeze or thaw the container's processes through its control group; whether there was one.
-
-    Version 1 where there is a freezer of it: a mixed system has a version 2 beside it that the engine never thaws.
-    """
-    for pattern, word in (("freezer/**/*{}*/freezer.state", "FROZEN" if frozen else "THAWED"), ("**/*{}*/cgroup.freeze", str(int(frozen)))):
-        found = glob.glob(os.path.join("/sys/fs/cgroup", pattern.format(container)), recursive=True)
-        for path in found:
-            with open(path, "w", encoding="ascii") as handle:
-                handle.write(word)
-        if found:
-            return True
-    return False
-
-
 def _pause(engine: Engine, container: str) -> None:
-    """Pause; a container that starts processes all the time slips away from the kernel's freezer now and then."""
+    """Pause, also where the engine hangs. A container that starts processes all the time slips away from the freezer now and then."""
+    impatient = Engine(engine.socket, timeout=PATIENCE)
     for _attempt in range(9):
         try:
-            engine.pause(container)
+            impatient.pause(container)
             return
         except EngineError as exc:
             if "unable to freeze" not in exc.reason:
                 raise
             time.sleep(0.1)
+        except DeliveryError:
+            # Thawed behind its back it comes to its end, and says that it is paused though it is not any more.
+            if not _set_frozen(container, False):
+                raise
+            if engine.inspect(container)["State"].get("Paused") and _set_frozen(container, True):
+                return
     engine.pause(container)
+
+
+def _unpause(engine: Engine, container: str) -> None:
+    """Unpause, also where the engine hangs: a health check that began just when the container froze makes it wait for that check
+    with the container's lock in its hand, and so for ever. Thawed behind its back the check ends; frozen again, it is unpaused as usual."""
+    impatient = Engine(engine.socket, timeout=PATIENCE)
+    for _attempt in range(3):
+        try:
+            if impatient.inspect(container)["State"].get("Paused"):
+                impatient.unpause(container)
+            return
+        except DeliveryError as exc:
+            if isinstance(exc, EngineError) or not _set_frozen(container, False):
+                raise
+        if not engine.inspect(container)["State"].get("Paused"):
+            return
+        _set_frozen(container, True)  # the engine refuses to unpause what is not frozen
+    engine.unpause(container)
+
+
+def _set_frozen(container: str, frozen: bool) -> bool:
+    """Freeze or thaw the container's processes through its control group, and wait until they are; whether there was one.
+
+    Version 1 where there is a freezer of it: a mixed system has a version 2 beside it that the engine never thaws.
+    """
+    ways = (
+        ("freezer/**/*{}*/freezer.state", "FROZEN" if frozen else "THAWED", "freezer.state", "FROZEN" if frozen else "THAWED"),
+        ("**/*{}*/cgroup.freeze", str(int(frozen)), "cgroup.events", f"frozen {int(frozen)}"),
+    )
+    for pattern, word, answer, said in ways:
+        found = glob.glob(os.path.join("/sys/fs/cgroup", pattern.format(container)), recursive=True)
+        for path in found:
+            with open(path, "w", encoding="ascii") as handle:
+                handle.write(word)
+            deadline = time.monotonic() + 10
+            while True:
+                with open(os.path.join(os.path.dirname(path), answer), encoding="ascii") as handle:
+                    if said in handle.read().split("\n"):
+                        break
+                if time.monotonic() > deadline:
+                    raise DeliveryError(f"set {path} to {word}", "its processes do not follow", "Look for what holds them.", "snapshot")
+                time.sleep(0.005)
+        if found:
+            return True
+    return False
 
 
 def _run_hook(engine: Engine, container: str, argv: t.Sequence[str], timeout: float) -> None:

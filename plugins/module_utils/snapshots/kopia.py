@@ -131,6 +131,9 @@ class Kopia(Base):
             raise DeliveryError("take a Kopia snapshot", "; ".join(broken), "Make every file readable and try again.", "snapshot")
         raise self.failure("take a Kopia snapshot", result)
 
+    def identified(self, stored: t.Sequence[Stored]) -> list[Stored]:
+        return list(stored)
+
     def contents(self) -> list[Stored]:
         answer = self.call("snapshot", "list", "--json", "--all", timeout=600)
         if not answer.ok:
@@ -169,10 +172,13 @@ class Kopia(Base):
     def delete(self, stored: t.Sequence[Stored]) -> None:
         if not stored:
             return
-        present = {one.snapshot for one in self.contents()}
-        ids = sorted({one.snapshot for one in stored} & present)
-        if ids:
-            done = self.call("snapshot", "delete", "--delete", *ids, timeout=600)
+        ids = sorted({one.snapshot for one in stored})
+        if self.call("snapshot", "delete", "--delete", *ids, timeout=600).ok:
+            return
+        # One may be gone already, and Kopia stops at the first that is.
+        left = sorted({one.snapshot for one in self.contents()}.intersection(ids))
+        if left:
+            done = self.call("snapshot", "delete", "--delete", *left, timeout=600)
             if not done.ok:
                 raise self.failure("delete Kopia snapshots", done)
 

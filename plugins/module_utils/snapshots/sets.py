@@ -216,9 +216,10 @@ def volume_part(name: str, found: t.Mapping[str, t.Any] | None) -> Part:
 class Catalog:
     """All sets that the repository and the manifest directory know of."""
 
-    def __init__(self, engine: SnapshotEngine, repository_id: str, manifest_dir: str) -> None:
+    def __init__(self, engine: SnapshotEngine, repository_id: str, manifest_dir: str, stored: list[Stored] | None = None) -> None:
+        """``stored``: what the engine just said that the repository holds."""
         self.engine, self.repository_id, self.manifest_dir = engine, repository_id, manifest_dir
-        self.stored = engine.contents()
+        self.stored = engine.contents() if stored is None else stored
         self._sets: dict[str, SetInfo] = {}
 
     def ids(self) -> list[str]:
@@ -362,7 +363,7 @@ def take_locked(engine: SnapshotEngine, docker: Engine, request: Request, check_
     result["set"] = SetInfo(request.set_id, True, "", manifest, []).as_result()
     if request.keep:
         forgotten, warning = forget(
-            engine, request.manifest_dir, repository.repository_id, request.keep, {request.set_id, request.replaces}
+            engine, request.manifest_dir, repository.repository_id, request.keep, {request.set_id, request.replaces}, taking.there
         )
         result["forgotten"] = forgotten
         result["warnings"] = result["warnings"] + warning
@@ -370,13 +371,18 @@ def take_locked(engine: SnapshotEngine, docker: Engine, request: Request, check_
 
 
 def forget(
-    engine: SnapshotEngine, manifest_dir: str, repository_id: str, keep: int, never: t.Collection[str]
+    engine: SnapshotEngine,
+    manifest_dir: str,
+    repository_id: str,
+    keep: int,
+    never: t.Collection[str],
+    stored: list[Stored] | None = None,
 ) -> tuple[list[str], list[str]]:
     """Delete all complete sets with a manifest on this host but the newest ``keep`` and ``never``: ids and warnings.
 
-    The manifest goes first: half a deletion leaves an incomplete set, which nobody restores.
+    The manifest goes first: half a deletion leaves an incomplete set, which nobody restores. ``stored``: see ``Catalog``.
     """
-    catalog = Catalog(engine, repository_id, manifest_dir)
+    catalog = Catalog(engine, repository_id, manifest_dir, stored)
     mine = [one for one in catalog.sets() if one.complete and os.path.exists(manifest_path(manifest_dir, one.set_id))]
     old = [one for one in mine[keep:] if one.set_id not in never]
     for one in old:
@@ -410,6 +416,8 @@ class Taking:
         self.tags = {"set": request.set_id}
         self.made: list[Stored] = []
         self.kept: list[Stored] = []
+        #: All that the repository holds, as ``settle`` saw it.
+        self.there: list[Stored] = []
         self.warnings: list[str] = []
         self.warm: list[Scan] = []
         self.warm_end = 0
@@ -452,7 +460,9 @@ class Taking:
         ids = {one.snapshot for one in self.kept}
         self.engine.delete([one for one in self.made if one.snapshot not in ids])
         repository = self.engine.connect()
-        if repository.repository_id != self.repository_id or not ids <= {one.snapshot for one in self.engine.contents()}:
+        self.there = self.engine.contents()
+        there = [one.snapshot for one in self.there]
+        if repository.repository_id != self.repository_id or not all(any(one.startswith(found) for one in there) for found in ids):
             raise DeliveryError(
                 f"find the snapshot set {self.request.set_id} in the repository",
                 "it is not there after it was stored",
@@ -476,6 +486,7 @@ class Taking:
             )
             with window:
                 scans, stable, stored = self._final_pass()
+            self.made[-len(stored) :] = stored = self.engine.identified(stored)
             if window.killed:
                 self.warnings.append(f"had to be killed to stop, so their files are like after a crash: {', '.join(window.killed)}")
             self._compare_counts(scans, stable, stored)

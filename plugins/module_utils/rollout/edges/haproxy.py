@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import csv
-import ipaddress
 import os
 import re
 import socket
@@ -17,7 +16,15 @@ from dataclasses import dataclass
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import write_atomically
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import HOLDS, DrainResult, Upstream
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import (
+    HOLDS,
+    NAME,
+    DrainResult,
+    Figures,
+    Upstream,
+    known_name,
+    plain_address,
+)
 
 #: Where an empty slot points; nothing listens there, so a slot enabled by mistake takes no request.
 EMPTY = ("127.0.0.1", 1)
@@ -25,13 +32,14 @@ INFLIGHT_TABLE = "_delivery_inflight"
 
 POLL = 0.02
 SOCKET_TIMEOUT = 5.0
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
 # Bits of srv_admin_state in `show servers state` (management.txt): forced, inherited, resolution and hostname maintenance; drain.
 _MAINT = 0x01 | 0x02 | 0x20 | 0x40
 _DRAIN = 0x08 | 0x10
 # Of srv_check_state.
 _CHECK_ENABLED = 0x04
+#: Requests over which HAProxy's averages slide (TIME_STATS_SAMPLES).
+SAMPLES = 512
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,9 @@ class Slot:
     state: str
     running: bool
     weight: int
+    given_weight: int
     sessions: int
+    figures: Figures
     checked: bool
     check_health: int
     check_rise: int
@@ -162,8 +172,8 @@ class HAProxyEdge:
 
     # -- changes
 
-    def add(self, backend: str, address: str, port: int, timeout: float) -> str:
-        address = _address(address)
+    def add(self, backend: str, address: str, port: int, timeout: float, weight: int = 0) -> str:
+        address = plain_address(address)
         tried = f"Adding {address}:{port} to backend {backend} of the edge"
         deadline = time.monotonic() + timeout
         slots = self._slots(backend)
@@ -177,7 +187,7 @@ class HAProxyEdge:
             name, fresh = self._free(slots, tried), True
         if fresh:
             self._set(backend, name, f"addr {address} port {port}")
-            self._set(backend, name, "weight 100%")
+            self._set(backend, name, f"weight {weight or '100%'}")
             if not self._slot(backend, name).is_at(address, port):
                 raise DeliveryError(tried, f"HAProxy did not take the address into slot {name}", "Look at its log.", "cutover")
         try:
@@ -214,7 +224,7 @@ class HAProxyEdge:
         )
 
     def drain(self, backend: str, address: str, port: int, timeout: float) -> DrainResult:
-        address = _address(address)
+        address = plain_address(address)
         started = time.monotonic()
         here = [slot for slot in self._slots(backend) if slot.is_at(address, port)]
         for slot in here:
@@ -239,17 +249,32 @@ class HAProxyEdge:
             time.sleep(POLL)
 
     def remove(self, backend: str, address: str, port: int) -> None:
-        address = _address(address)
+        address = plain_address(address)
         for slot in self._slots(backend):
             if slot.is_at(address, port):
                 self._empty(backend, slot.name)
         self._keep()
 
+    def weigh(self, backend: str, weights: t.Mapping[tuple[str, int], int]) -> None:
+        wanted = {(plain_address(address), port): weight for (address, port), weight in weights.items()}
+        for slot in self._slots(backend):
+            weight = wanted.get((slot.address, slot.port))
+            if weight is None or slot.state == "maint":
+                continue
+            self._set(backend, slot.name, f"weight {'100%' if weight < 0 else weight}")
+            if weight >= 0 and self._slot(backend, slot.name).given_weight != weight:
+                tried = f"Weighing {slot.describe()} of backend {backend}"
+                raise DeliveryError(tried, "HAProxy did not take it", "Look at its log.", "cutover")
+        self._keep()
+
+    def figures(self, backend: str) -> dict[tuple[str, int], Figures]:
+        return {(slot.address, slot.port): slot.figures for slot in self._slots(backend) if slot.filled}
+
     def hold(self, project: str, what: str, timeout: float = 30.0) -> int:
         tried = f"Setting the hold of {project} at the edge to {what}"
         if what not in HOLDS:
             raise DeliveryError(tried, f"known are {', '.join(HOLDS)}")
-        if not _NAME.fullmatch(project):
+        if not NAME.fullmatch(project):
             raise DeliveryError(tried, f"{project!r} is not a project name")
         path = self._hold_map()
         if path is None:
@@ -282,9 +307,7 @@ class HAProxyEdge:
     # -- the socket's language
 
     def _slots(self, backend: str) -> list[Slot]:
-        if not _NAME.fullmatch(backend):
-            raise DeliveryError("Looking at the edge", f"{backend!r} is not a backend name")
-        tried = f"Looking at backend {backend} of the edge"
+        tried = f"Looking at backend {known_name(backend)} of the edge"
         states = parse_servers_state(self._table(tried, f"show servers state {backend}", backend))
         stats = parse_stat(self._table(tried, f"show stat {backend} 4 -1", backend))
         return [merge(state, stats.get(state["srv_name"], {})) for state in states]
@@ -414,12 +437,15 @@ def merge(state: t.Mapping[str, str], stat: t.Mapping[str, str]) -> Slot:
     admin = int(state["srv_admin_state"])
     return Slot(
         name=state["srv_name"],
-        address=_address(state["srv_addr"]),
+        # A server that has only a name has no address yet.
+        address=state["srv_addr"] if state["srv_addr"] == "-" else plain_address(state["srv_addr"]),
         port=int(state["srv_port"]),
         state="maint" if admin & _MAINT else "drain" if admin & _DRAIN else "ready",
         running=int(state["srv_op_state"]) == 2 and not admin & _MAINT,
         weight=0 if admin & (_MAINT | _DRAIN) else int(state["srv_uweight"]),
+        given_weight=int(state["srv_uweight"]),
         sessions=int(stat.get("scur") or 0),
+        figures=figures_of(stat),
         checked=bool(int(state["srv_check_state"]) & _CHECK_ENABLED),
         check_health=int(state["srv_check_health"]),
         check_rise=int(stat.get("check_rise") or 0),
@@ -428,11 +454,16 @@ def merge(state: t.Mapping[str, str], stat: t.Mapping[str, str]) -> Slot:
     )
 
 
-def _address(text: str) -> str:
-    """One spelling for each address; HAProxy's socket takes addresses, no names."""
-    try:
-        return str(ipaddress.ip_address(text))
-    except ValueError:
-        if text == "-":
-            return text
-        raise DeliveryError("Talking to the edge", f"{text!r} is not an IP address") from None
+def figures_of(stat: t.Mapping[str, str]) -> Figures:
+    """What the line of a server in ``show stat`` counts. Its average time is over all its requests, at most over the last ``SAMPLES``."""
+
+    def number(*keys: str) -> int:
+        return sum(int(stat.get(key) or 0) for key in keys)
+
+    requests = number("req_tot") or number("hrsp_1xx", "hrsp_2xx", "hrsp_3xx", "hrsp_4xx", "hrsp_5xx", "hrsp_other")
+    return Figures(
+        requests=requests,
+        errors=number("hrsp_5xx", "econ", "eresp"),
+        busy=number("rtime") / 1000 * min(requests, SAMPLES),
+        window=SAMPLES,
+    )

@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import HOLDS, DrainResult, Upstream
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import DrainResult, Upstream, hold_nothing
 
 
 class NoEdge:
@@ -29,13 +28,4 @@ class NoEdge:
         return None
 
     def hold(self, project: str, what: str, timeout: float = 30.0) -> int:
-        """``off`` is true already; anything else would be a promise that nothing keeps."""
-        if what not in HOLDS:
-            raise DeliveryError(f"Holding requests of {project}", f"{what!r} is not one of {', '.join(HOLDS)}")
-        if what != "off":
-            raise DeliveryError(
-                f"Holding requests of {project}",
-                "there is no edge in front of this app that could let them wait",
-                "Give the app an edge, or set delivery_app.policies.migrations to compatible.",
-            )
-        return 0
+        return hold_nothing(project, what, "there is no edge in front of this app that could let them wait")

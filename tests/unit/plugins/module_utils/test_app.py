@@ -55,8 +55,15 @@ def test_defaults():
         "ready_timeout": 60,
         "stable": 1,
         "drain_timeout": 30,
-        "stop_timeout": 10,
+        "stop_timeout": None,
         "single": False,
+        "parallel": None,
+        "max_surge": None,
+        "max_unavailable": None,
+        "smoke": [],
+        "smoke_timeout": 60,
+        "keep_old_for": 0,
+        "canary": {},
     }
     assert app["order"] == ["web", "worker"]
     assert app["migrator"] is None and app["volumes"] is None and app["public"] is None
@@ -67,6 +74,8 @@ def test_defaults():
         "immutable_tags": ["^sha-"],
         "gates": ["staging"],
         "keep_releases": 10,
+        "confirm_within": 0,
+        "bake": {},
     }
     assert app["notify"] == {"webhooks": [], "email": {}} and app["git"] == {"repository": "", "push": False}
 
@@ -108,7 +117,7 @@ def test_the_manual_knows_every_key():
         (
             "services.web.strategy",
             "start-first",
-            "services.web.strategy: must be one of auto, start_first, stop_first, is 'start-first'; did you mean start_first?",
+            "services.web.strategy: must be one of auto, start_first, stop_first, blue_green, canary, is 'start-first'; did you mean start_first?",
         ),
         ("services.web", "app", "services.web: must be a map of keys, is text"),
         ("services.web.single", "yes", "services.web.single: must be true or false, is text"),
@@ -116,7 +125,7 @@ def test_the_manual_knows_every_key():
         ("services.web.ready_timeout", 0, "services.web.ready_timeout: must be 1 or more, is 0"),
         ("services.web.stable", 0, "services.web.stable: must be 1 or more, is 0"),
         ("services.web.ready", {"htpp": "/"}, "services.web.ready.htpp: unknown key; did you mean http?"),
-        ("services.web.ready", {"http": "/", "tcp": True}, "services.web.ready: must be one of http, tcp, command; has http and tcp"),
+        ("services.web.ready", {"http": "/", "tcp": True}, "services.web.ready: must be one of http, tcp, grpc, command, log; has http and tcp"),
         ("services.web.ready", {"http": "api"}, "services.web.ready.http: 'api' is no path: begin it with /"),
         ("services.web.ready", {"http": {"status": 200}}, "services.web.ready.http.path: is required"),
         (
@@ -126,6 +135,21 @@ def test_the_manual_knows_every_key():
         ),
         ("services.web.ready", {"command": "pg_isready"}, "services.web.ready.command: must be a list of texts, the program first"),
         ("services.web.ready", {"tcp": False}, "services.web.ready.tcp: can only be true; leave ready out to wait for health or running"),
+        ("services.web.ready", {"grpc": False}, "services.web.ready.grpc: can only be true or a map; leave ready out to wait for health or running"),
+        ("services.web.ready", {"grpc": "orders"}, "services.web.ready.grpc: must be true or false, is text"),
+        ("services.web.ready", {"grpc": {"servce": "a"}}, "services.web.ready.grpc.servce: unknown key; did you mean service?"),
+        ("services.web.ready", {"grpc": {"service": ""}}, "services.web.ready.grpc.service: must not be empty"),
+        ("services.web.ready", {"grpc": {"server_name": "a"}}, "services.web.ready.grpc.server_name: is only used with tls: true"),
+        ("services.web.ready", {"grpc": {"tls": "yes"}}, "services.web.ready.grpc.tls: must be true or false, is text"),
+        (
+            "services.web.ready",
+            {"grpc": {"tls": True, "ca_path": "ca.pem"}},
+            "services.web.ready.grpc.ca_path: 'ca.pem' must be the absolute path of a file on the host",
+        ),
+        ("services.web.ready", {"log": "("}, "services.web.ready.log: '(' is no regular expression: missing ), unterminated subpattern at position 0"),
+        ("services.web.ready", {"log": ["up"]}, "services.web.ready.log: must be text, is a list"),
+        ("services.web.ready", {"log": ""}, "services.web.ready.log: must not be empty"),
+        ("services.worker.ready", {"grpc": True}, "services.worker.ready.grpc: needs delivery_app.services.worker.port"),
         ("services.worker.ready", {"http": "/"}, "services.worker.ready.http: needs delivery_app.services.worker.port"),
         ("services", {}, "services: must name at least one service"),
         ("services", None, "services: is required"),
@@ -177,6 +201,12 @@ def test_the_manual_knows_every_key():
         ("routes", [{"service": "web"}, {"service": "web"}], "routes[1].host: every name has a route already"),
         ("public", {"url": "shop.example.com"}, "public.url: 'shop.example.com' is no http or https address"),
         ("public", {"url": "https://shop.example.com/?a=1"}, "public.url: must have neither login, query nor fragment"),
+        ("public", {"url": "https://x.example.com", "on_host": "127.0.0.1:80"}, "public.on_host: '127.0.0.1:80' is no http or https address without a path"),
+        (
+            "public",
+            {"url": "https://x.example.com", "on_host": "http://127.0.0.1/shop"},
+            "public.on_host: 'http://127.0.0.1/shop' is no http or https address without a path",
+        ),
         ("public", {"url": "https://x.example.com", "vresion": "v"}, "public.vresion: unknown key; did you mean version?"),
         ("policies.restore", "sometimes", "policies.restore: must be one of auto, always, never, is 'sometimes'"),
         (
@@ -191,6 +221,25 @@ def test_the_manual_knows_every_key():
         ),
         ("policies.immutable_tags", [], "policies.immutable_tags: must hold at least one pattern"),
         ("policies.gates", ["production"], "policies.gates[0]: 'production' cannot be its own gate"),
+        ("policies.confirm_within", -1, "policies.confirm_within: must be 0 or more, is -1"),
+        ("policies.bake", "long", "policies.bake: must be a number, is text"),
+        ("policies.bake", {"max_error_rate": 1}, "policies.bake.seconds: is required"),
+        ("policies.bake", {"seconds": 60, "max_error_rate": 101}, "policies.bake.max_error_rate: is a percentage, must be 100 or less, is 101"),
+        (
+            "policies.bake",
+            {"seconds": 60, "prometheus": {"url": "prometheus:9090", "query": "up"}},
+            "policies.bake.prometheus.url: 'prometheus:9090' is no http or https address",
+        ),
+        ("services.web.parallel", 0, "services.web.parallel: must be 1 or more"),
+        (
+            "services.web.max_surge",
+            "many",
+            "services.web.max_surge: must be a whole number, 0 or more, or a percentage such as 25%, is 'many'",
+        ),
+        ("services.web.max_surge", 0, "services.web.max_surge: and max_unavailable cannot both be 0: nothing could be replaced"),
+        ("services.web.smoke", "curl localhost", "services.web.smoke: must be a list of texts, the program first"),
+        ("services.web.keep_old_for", 60, "services.web.keep_old_for: is for strategy: blue_green"),
+        ("services.web.canary", {"steps": [10]}, "services.web.canary: is for strategy: canary"),
         ("policies.keep_releases", 1, "policies.keep_releases: must be 2 or more, is 1"),
         ("notify.webhooks", ["s3cret"], "notify.webhooks[0]: is no http or https address"),
         ("notify.email", {"to": ["a@b"], "username": "x"}, "notify.email.password: is required: username and password go together"),
@@ -204,6 +253,33 @@ def test_refused_by_its_path(path, value, problem):
 def test_start_first_cannot_be_single():
     raw = changed("services.worker", {"image": "app", "single": True, "strategy": "start_first"})
     assert problems_of(raw) == ["delivery_app.services.worker.strategy: start_first runs old and new at once, which single: true forbids"]
+
+
+def test_strategies_with_what_belongs_to_them():
+    canary = {"steps": [5, 50], "seconds": 10, "max_latency": 0.5, "prometheus": {"url": "http://p:9090", "query": "x", "max": 0.1}}
+    web = changed("services.web", {"image": "app", "port": 80, "strategy": "canary", "canary": canary})
+    assert parse_app(web, "production").services["web"].canary == canary
+    short = changed("services.web", {"image": "app", "port": 80, "strategy": "canary"})
+    assert parse_app(short, "production").services["web"].canary == {"steps": [10, 50], "seconds": 30}
+    assert parse_app(changed("policies.bake", 60), "production").policies.bake == {"seconds": 60}
+    assert parse_app(changed("policies.bake", 0), "production").policies.bake == {}
+    green = changed("services.web", {"image": "app", "strategy": "blue_green", "keep_old_for": 600, "smoke": ["/bin/check"]})
+    assert parse_app(green, "production").services["web"].keep_old_for == 600
+    batches = changed("services.web", {"image": "app", "parallel": "50%", "strategy": "start_first"})
+    assert parse_app(batches, "production").services["web"].parallel == "50%"
+
+
+@pytest.mark.parametrize("steps", [[], [50, 10], [10, 10], [0], [101], "10", [10.5]])
+def test_steps_of_a_canary(steps):
+    raw = changed("services.web", {"image": "app", "port": 80, "strategy": "canary", "canary": {"steps": steps}})
+    said = "delivery_app.services.web.canary.steps: must be a list of percentages, 1 to 100, each larger than the one before"
+    assert problems_of(raw) == [said]
+
+
+def test_batches_are_not_for_groups_and_shares():
+    raw = changed("services.web", {"image": "app", "port": 80, "strategy": "blue_green", "parallel": 1})
+    said = "parallel: is for start_first and stop_first; blue_green starts all of the new ones beside the old ones"
+    assert problems_of(raw) == [f"delivery_app.services.web.{said}"]
 
 
 def test_two_images_must_not_share_a_variable():
@@ -282,6 +358,20 @@ def test_public_check():
     assert app.public_check("t")["http"]["query"] == "(build.tag || tag) == 't'"
 
 
+@pytest.mark.parametrize(
+    ("ready", "read"),
+    [
+        ({"grpc": True}, {"grpc": True}),
+        ({"grpc": {"service": "shop.v1.Orders"}}, {"grpc": {"service": "shop.v1.Orders"}}),
+        ({"grpc": {"tls": True, "server_name": "a.b"}}, {"grpc": {"tls": True, "server_name": "a.b"}}),
+        ({"log": r"^listening on \d+"}, {"log": r"^listening on \d+"}),
+    ],
+)
+def test_probes_of_a_service(ready, read):
+    app = parse_app(changed("services.web.ready", ready), "production")
+    assert app.rollout["services"]["web"]["ready"] == read
+
+
 def test_what_the_rollout_is_told():
     raw = changed("routes", [{"service": "web", "host": "Shop.Example.com"}])
     raw["migrator"] = {"service": "migrate", "image": "migrator"}
@@ -293,3 +383,25 @@ def test_what_the_rollout_is_told():
     assert app.service_images == {"web": "app", "worker": "app", "migrate": "migrator"}
     assert app.image_variables == {"app": "APP_IMAGE", "migrator": "MIGRATOR_IMAGE"}
     assert app.routes[0].host == "shop.example.com"
+
+
+@pytest.mark.parametrize(
+    ("public", "url", "connect_to"),
+    [
+        ({"url": "https://shop.example.com"}, "https://shop.example.com/api/ready", "127.0.0.1:443"),
+        ({"url": "http://shop.example.com:8080/shop"}, "http://shop.example.com:8080/shop/api/ready", "127.0.0.1:8080"),
+        ({"url": "https://shop.example.com", "on_host": "http://127.0.0.1"}, "http://shop.example.com/api/ready", "127.0.0.1:80"),
+        ({"url": "https://shop.example.com", "on_host": "https://[::1]:8443/"}, "https://shop.example.com/api/ready", "[::1]:8443"),
+    ],
+)
+def test_a_host_is_asked_by_the_public_name(public, url, connect_to):
+    check = parse_app(changed("public", public), "production").host_check()
+    assert (check["name"], check["http"]["url"], check["http"]["connect_to"]) == ("host", url, connect_to)
+    assert check["http"]["query"] == "version == '{tag}'"
+
+
+def test_a_host_that_is_not_to_be_asked_is_not():
+    assert parse_app(changed("public", {"url": "https://shop.example.com", "on_host": ""}), "production").host_check() is None
+    without = changed("public", {"url": "https://shop.example.com"})
+    del without["public"]
+    assert parse_app(without, "production").host_check() is None

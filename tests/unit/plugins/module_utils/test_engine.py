@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import socket
 import socketserver
 import struct
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine, EngineError, EngineNotFound
+from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine, EngineError, EngineNotFound, LogStream, moment
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 
 Answer = tuple[int, t.Any]
@@ -89,7 +90,7 @@ def engine(fake: Fake) -> Engine:
 
 
 def frame(stream: int, text: str) -> bytes:
-    return bytes([stream, 0, 0, 0]) + struct.pack(">I", len(text)) + text.encode()
+    return bytes([stream, 0, 0, 0]) + struct.pack(">I", len(text.encode())) + text.encode()
 
 
 def test_nothing_answers_names_the_socket(tmp_path: Path) -> None:
@@ -119,6 +120,14 @@ def test_start_and_stop_say_whether_they_did_anything(fake: Fake, engine: Engine
     assert engine.start("c") is True
     assert engine.stop("c", 7) is False
     assert fake.asked[-1][0] == "POST /containers/c/stop?t=7"
+
+
+@pytest.mark.parametrize(("own", "seconds"), [('"StopTimeout": 90', 90), ('"StopTimeout": 0', 0), ('"StopTimeout": null', 30), ("", 30)])
+def test_a_container_knows_how_long_it_may_take_to_stop(fake: Fake, engine: Engine, own: str, seconds: int) -> None:
+    inspected = b'{"Config": {%s}}' % own.encode()
+    fake.answers.update({"GET /containers/c/json": (200, inspected), "POST /containers/c/stop": (204, b"")})
+    engine.stop("c", otherwise=30)
+    assert fake.asked[-1][0] == f"POST /containers/c/stop?t={seconds}"
 
 
 def test_states_that_are_there_already_are_no_errors(fake: Fake, engine: Engine) -> None:
@@ -167,6 +176,48 @@ def test_exec_returns_code_and_output(fake: Fake, engine: Engine) -> None:
     fake.answers["POST /exec/e/start"] = (200, "hang")
     with pytest.raises(TimeoutError):
         engine.exec("c", ["sleep"], timeout=0.05)
+
+
+def followed(pieces: list[bytes], tty: bool = False) -> list[str | None]:
+    """What a stream reads after each piece has come, and after its end."""
+    ours, theirs = socket.socketpair()
+    stream, seen = LogStream(ours, "Reading", tty), []
+    try:
+        for piece in pieces:
+            theirs.sendall(piece)
+            seen.append(stream.read())
+        theirs.close()
+        return [*seen, stream.read()]
+    finally:
+        theirs.close()
+        stream.close()
+
+
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: application/x\r\n\r\n"
+
+
+def test_a_log_is_followed_however_it_is_cut() -> None:
+    whole = HEAD + frame(1, "größe\n") + frame(2, "two\n")
+    assert followed([whole]) == ["größe\ntwo\n", ""]
+    bytewise = followed([whole[index : index + 1] for index in range(len(whole))])
+    assert [text for text in bytewise if text] == ["größe\n", "two\n"]
+    assert bytewise[:8] == [None] * 8 and bytewise[-1] == ""
+    halves = [HEAD, frame(1, "gr")[:7] + b"\3gr\xc3", frame(2, "b"), frame(1, "")[:7] + b"\2\xb6\n"]
+    assert followed(halves) == [None, "gr", "b", "ö\n", ""]
+    assert followed([HEAD + b"plain\r\n", b"more"], tty=True) == ["plain\r\n", "more", ""]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(404, EngineNotFound), (501, EngineError)])
+def test_a_log_that_cannot_be_followed(status: int, kind: type[EngineError]) -> None:
+    with pytest.raises(kind, match="no such log") as error:
+        followed([f"HTTP/1.0 {status} No\r\n\r\n".encode() + b'{"message":', b'"no such log"}'])
+    assert error.value.status == status
+
+
+def test_the_engines_times_have_nanoseconds() -> None:
+    assert moment("2026-11-22T00:13:51.250000001Z") == pytest.approx(1795306431.25, abs=1e-6)
+    assert moment("2026-11-22T01:13:51+01:00") == 1795306431
+    assert moment("0001-01-01T00:00:00Z") < 0
 
 
 def test_images_volumes_and_networks(fake: Fake, engine: Engine) -> None:

@@ -6,15 +6,20 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import sys
 import threading
 
 import pytest
 
-from ansible_collections.selfhost.delivery.plugins.module_utils import probes
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import EngineNotFound
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.probes import parse_checks, wait_ready
+from ansible_collections.selfhost.delivery.plugins.module_utils.probes.network import network_reason
+from ansible_collections.selfhost.delivery.plugins.module_utils.probes.outcomes import NotReady
+from ansible_collections.selfhost.delivery.plugins.module_utils.probes.query import must_be_true
+from ansible_collections.selfhost.delivery.plugins.module_utils.probes.wait import next_pause
 
 HTTP = {"url": "http://127.0.0.1/ready"}
 
@@ -33,8 +38,29 @@ HTTP = {"url": "http://127.0.0.1/ready"}
         ([{"http": {"url": "http://a", "query": "version =="}}], "checks[0].http.query: 'version ==' is not JMESPath"),
         ([{"http": {"url": "http://a", "ca_path": "/nowhere.pem"}}], "checks[0].http.ca_path: '/nowhere.pem' cannot be read"),
         ([{"tcp": {"host": "a", "port": True}}], "checks[0].tcp.port"),
+        ([{"http": {"url": "http://[::1"}}], "'http://[::1' is not an http or https URL"),
+        ([{"http": {"url": "http://me:secret@a/b c"}}], "'http://a/b c' is not an http or https URL"),
+        ([{"http": {"url": "http://a", "method": "GET /"}}], "checks[0].http.method"),
+        ([{"http": {"url": "http://a", "headers": {"X-A": "secret\r\nX-B: c"}}}], "checks[0].http.headers.X-A: holds a line end"),
+        ([{"http": {"url": "http://a", "headers": {"X A": "b"}}}], "checks[0].http.headers: 'X A' is no name of a header"),
+        ([{"http": {"url": "http://a", "bearer_token": "secret\n"}}], "checks[0].http.bearer_token: holds a line end"),
+        ([{"http": {"url": "https://a", "server_name": "a b"}}], "checks[0].http.server_name: 'a b' is no name"),
+        ([{"http": {"url": "http://a", "timeout": 0}}], "checks[0].http.timeout: 0 is no number of seconds above 0"),
+        ([{"http": HTTP, "timeout": float("nan")}], "checks[0].timeout"),
+        ([{"tcp": {}}], "checks[0].tcp: must have either host and port, or unix_socket"),
+        ([{"tcp": {"host": "a"}}], "checks[0].tcp.port: missing"),
+        ([{"tcp": {"host": "a", "port": 1, "unix_socket": "/s"}}], "checks[0].tcp: must have either"),
+        ([{"tcp": {"host": "a", "port": 70000}}], "checks[0].tcp.port: 70000 is no port"),
+        ([{"grpc": {"service": "a"}}], "checks[0].grpc: must have either"),
+        ([{"grpc": {"host": "a", "port": 1, "servce": "a"}}], "checks[0].grpc.servce: unknown key; did you mean service?"),
+        ([{"grpc": {"host": "a", "port": 1, "ca_path": "/c"}}], "checks[0].grpc.ca_path: is only used with tls: true"),
+        ([{"grpc": {"host": "a", "port": 1, "tls": True, "ca_path": "/nowhere.pem"}}], "checks[0].grpc.ca_path: '/nowhere.pem' cannot be"),
+        ([{"grpc": {"host": "a", "port": 1, "service": "a" * 1001}}], "checks[0].grpc.service: is longer than 1000 bytes"),
+        ([{"log": {"container": "a"}}], "checks[0].log.pattern: missing"),
+        ([{"log": {"container": "a", "pattern": "("}}], "checks[0].log.pattern: '(' is no regular expression"),
         ([{"command": {"argv": []}}], "checks[0].command.argv: not a list of words"),
         ([{"container": {"name": "a", "state": "fine"}}], "checks[0].container.state: 'fine' is not one of"),
+        ([{"http": {"url": "http://a", "connect_to": "127.0.0.1"}}], "checks[0].http.connect_to: '127.0.0.1' is not host:port"),
         ([{"http": HTTP, "stable": 0}], "checks[0].stable"),
         ([{"name": "a", "http": HTTP}, {"name": "a", "http": HTTP}], "checks[1].name: 'a' is there twice"),
     ],
@@ -78,15 +104,56 @@ def test_a_query_without_the_library_is_refused_before_waiting(monkeypatch):
 def test_a_false_query_tells_what_was_there(query, reason):
     document = {"version": "sha-1", "ready": True, "checks": {"db": "down"}, "errors": ["a"], "number": 0}
     (check,) = parse_checks([{"http": {"url": "http://a", "query": query}}])
-    with pytest.raises(probes.NotReady) as error:
-        probes._query(check.query, document)
+    with pytest.raises(NotReady) as error:
+        must_be_true(check.compiled, document)
     assert reason in str(error.value)
 
 
 @pytest.mark.parametrize("query", ["version", "number", "version == 'sha-1'", "!nothing"])
 def test_a_true_query_passes(query):
     (check,) = parse_checks([{"http": {"url": "http://a", "query": query}}])
-    probes._query(check.query, {"version": "sha-1", "number": 0})
+    must_be_true(check.compiled, {"version": "sha-1", "number": 0})
+
+
+def test_the_pause_grows_with_the_time_waited_and_has_a_floor_and_a_ceiling():
+    assert next_pause(0) == 0.02
+    assert next_pause(0.4) == pytest.approx(0.02)
+    assert next_pause(1.9) == pytest.approx(0.095)
+    assert next_pause(5) == pytest.approx(0.25)
+    assert next_pause(600) == 0.25
+    # Over a whole wait: late by a twentieth at most, at whatever moment it gets ready.
+    now = 0.0
+    while now < 60:
+        pause = next_pause(now)
+        assert pause <= max(0.02, now / 20) + 1e-9
+        now += pause
+
+
+def test_what_is_dear_is_asked_less_often():
+    # A try that lasted 0.1 s is followed by as long a pause; one that hung, by no more than the ceiling.
+    assert next_pause(0, took=0.1) == 0.1
+    assert next_pause(0, took=5) == 0.25
+    # A hundred checks of 0.5 ms each keep to half a core, one alone need not care.
+    assert next_pause(0, cpu=0.0005, asking=100) == pytest.approx(0.1)
+    assert next_pause(0, cpu=0.0005) == 0.02
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConnectionRefusedError(), "connection refused by db:1"),
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "the name db cannot be resolved: Name or service not known"),
+        (ConnectionResetError(), "db:1 closed the connection without an answer"),
+        (OSError(113, "No route to host"), "db:1: No route to host"),
+    ],
+)
+def test_what_went_wrong_on_the_way_is_told_apart(error, reason):
+    assert network_reason(error, "db:1") == reason
+
+
+def test_a_name_that_is_none_is_told():
+    checks = parse_checks([{"name": "c", "tcp": {"host": "a..b", "port": 1}}])
+    assert "'a..b' is no name of a host" in wait_ready(checks, 0.2).checks["c"]["last_error"]
 
 
 class FakeEngine:
@@ -238,6 +305,87 @@ def test_a_check_may_have_a_shorter_timeout_of_its_own():
 
 
 def test_a_try_that_hangs_does_not_hold_up_the_answer():
-    result = command_wait("sleep 60", timeout=0.2)
+    result = command_wait("sleep 60", timeout=0.5)
     assert not result.ready
-    assert result.checks["c"]["last_error"]
+    # Which of the two is told depends on how long its end takes.
+    assert re.search(r"(sh did not end|no answer to the first try) within 0\.\d s", result.checks["c"]["last_error"])
+
+
+def test_a_last_try_that_is_cut_short_does_not_hide_what_was_known(tmp_path):
+    result = command_wait(f"test -e {tmp_path}/seen && exec sleep 60; touch {tmp_path}/seen; echo no queue; exit 3", timeout=1)
+    assert 'sh ended with 3 and says "no queue"' in result.checks["c"]["last_error"]
+
+
+def test_a_last_try_that_is_cut_short_does_not_undo_what_was_ready(tmp_path):
+    hangs_later = f"test -e {tmp_path}/seen && exec sleep 60; touch {tmp_path}/seen"
+    checks = parse_checks(
+        [{"name": "ready", "command": {"argv": ["sh", "-c", hangs_later]}}, {"name": "never", "command": {"argv": ["false"]}}]
+    )
+    result = wait_ready(checks, 1.2)
+    assert (tmp_path / "seen").exists()
+    assert result.checks["ready"]["ready"]
+    assert result.checks["never"]["last_error"] == "false ended with 1"
+
+
+def test_a_try_that_nothing_can_bound_is_told_of():
+    class Stuck(FakeEngine):
+        def inspect(self, container):
+            stuck.wait(20)
+            return facts(container, "running")
+
+    stuck = threading.Event()
+    checks = parse_checks([{"name": "c", "container": {"name": "web"}}])
+    result = wait_ready(checks, 0.3, engine=Stuck())
+    stuck.set()
+    assert "no answer to the first try within 0." in result.checks["c"]["last_error"]
+
+
+class FakeLog(FakeEngine):
+    """A container whose log arrives in these pieces: ``None`` is nothing yet, '' the end."""
+
+    def __init__(self, *pieces, **containers):
+        super().__init__(**containers)
+        self.pieces, self.followed = list(pieces), []
+
+    def follow(self, container, since, tty):
+        self.followed.append(since)
+        return self
+
+    def read(self):
+        return self.pieces.pop(0) if self.pieces else None
+
+    def close(self):
+        pass
+
+
+def log_wait(pattern, *pieces, timeout=10.0):
+    running = facts("web", "running")
+    running["State"].update(StartedAt="b", FinishedAt="a")
+    engine = FakeLog(*pieces, web=[running])
+    return wait_ready(parse_checks([{"name": "c", "log": {"container": "web", "pattern": pattern}}]), timeout, engine=engine), engine
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pieces"),
+    [
+        ("^up$", ["one\nup\r\ntwo"]),
+        ("^up$", ["one\nu", None, "p", None, "\n"]),  # a line that comes in pieces
+        ("^up$", ["up", ""]),  # the end of the log ends a line
+        ("^up$", ["one\n", "", None, "up\n"]),  # the engine started again, and the log is read again
+        ("a{9}$", ["a" * 9 + "\n"]),
+    ],
+)
+def test_a_line_is_found_however_it_comes(pattern, pieces):
+    result, engine = log_wait(pattern, *pieces)
+    assert result.ready
+    assert set(engine.followed) == {"a"}
+
+
+def test_a_line_that_has_not_ended_or_is_in_two_is_none():
+    result, _engine = log_wait("^u.*p$", "u\np\n", "up", timeout=0.3)
+    assert result.checks["c"]["last_error"] == "no line in the log of container web has '^u.*p$'; lines so far: 2, the last \"p\""
+
+
+def test_a_line_without_an_end_is_not_kept_whole():
+    result, _engine = log_wait("b", *["a" * 60000] * 20, "b\n", timeout=0.5)
+    assert "lines so far: 1," in result.checks["c"]["last_error"]

@@ -10,7 +10,7 @@ import pytest
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.app import App, parse_app
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.promotion import Site, Wish, gate_findings, plan_release
+from ansible_collections.selfhost.delivery.plugins.module_utils.promotion import Site, Wish, gate_findings, host_batches, plan_release
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 DIGESTS = {"app": ONE, "migrator": TWO}
@@ -66,6 +66,22 @@ def test_writes_are_held_for_breaking_migrations_and_for_data_that_goes_back(wis
     assert plan(wish).rollout["hold"] is held
 
 
+@pytest.mark.parametrize(
+    ("wish", "within", "line"),
+    [
+        (Wish(), 60, "not confirmed within 60 s of the last word, the host goes back by itself"),
+        (Wish(kind="rollback", target="x", restore="always"), 60, "not confirmed within 60 s"),
+        (Wish(migrations="breaking"), 0, "does not hold"),
+        (Wish(restore="always"), 0, "does not hold"),
+        (Wish(kind="rollback", target="x", snapshot="set"), 0, "does not hold"),
+    ],
+)
+def test_a_host_goes_back_alone_only_where_data_stays(wish: Wish, within: int, line: str) -> None:
+    planned = plan(wish, policies={"confirm_within": 60})
+    assert planned.rollout["confirm_within"] == within and line in "\n".join(planned.lines)
+    assert plan(wish).rollout["confirm_within"] == 0
+
+
 def test_a_rollback_runs_no_migrator() -> None:
     planned = plan(Wish(kind="rollback", target="20261120-000000-sha-abc"))
     assert planned.rollout["migrator"]["run"] is False and "migrate" not in planned.rollout["images"]
@@ -84,3 +100,33 @@ def test_a_gate_holds_only_for_the_digest_that_was_committed_there() -> None:
     assert gate_findings(described, DIGESTS, records) == []
     findings = gate_findings(described, {**DIGESTS, "app": TWO}, records)
     assert len(findings) == 1 and findings[0].startswith("app: ") and "no record of staging" in findings[0]
+
+
+@pytest.mark.parametrize(
+    ("serial", "canary", "batches"),
+    [
+        (1, (), [["a"], ["b"], ["c"], ["d"], ["e"]]),
+        ("2", (), [["a", "b"], ["c", "d"], ["e"]]),
+        ("50%", (), [["a", "b"], ["c", "d"], ["e"]]),
+        ("1%", (), [["a"], ["b"], ["c"], ["d"], ["e"]]),
+        ("100%", ("d",), [["d"], ["a", "b", "c", "e"]]),
+        ([1, "60%"], (), [["a"], ["b", "c", "d"], ["e"]]),
+        (9, ("e", "b", "e", "elsewhere"), [["e"], ["b"], ["a", "c", "d"]]),
+    ],
+)
+def test_hosts_are_rolled_in_batches(serial: t.Any, canary: t.Sequence[str], batches: list[list[str]]) -> None:
+    assert host_batches(["a", "b", "c", "d", "e"], serial, canary) == batches
+
+
+@pytest.mark.parametrize("serial", [0, "0%", -1, "some", [], [1, "x"], True, None, 1.5])
+def test_a_batch_without_a_size_is_refused(serial: t.Any) -> None:
+    with pytest.raises(DeliveryError, match="Reading delivery_serial"):
+        host_batches(["a", "b"], serial)
+
+
+def test_the_plan_says_which_hosts_follow_which() -> None:
+    site = Site("/opt/shop", {"type": "none"}, hosts=("app-1", "app-2", "app-3"), serial=2, canary=["app-3"])
+    planned = plan_release(app(), "sha-abc", DIGESTS, FILES, RELEASE, site, Wish())
+    assert planned.batches == [["app-3"], ["app-1", "app-2"]]
+    assert planned.lines[-1] == "  hosts: app-3 (canary), then app-1 + app-2"
+    assert "hosts:" not in "".join(plan().lines)

@@ -209,6 +209,19 @@ def test_fold_adds_up_durations():
     assert state.service_durations == {"web": 1.0, "worker": 1.0}
 
 
+@pytest.mark.parametrize(
+    "script, seconds",
+    [
+        (["begin dependencies", "begin dependencies db", "end dependencies db", "end dependencies"], {"dependencies": 3.0}),
+        (["begin rolling web", "begin rolling api", "end rolling web", "end rolling api"], {"rolling": 3.0}),
+        (["begin rolling web", "end rolling web", "begin rolling api", "fail rolling api"], {"rolling": 2.0}),
+    ],
+    ids=["a step around its services", "services side by side", "one after the other"],
+)
+def test_fold_counts_what_runs_side_by_side_once(script, seconds):
+    assert releases.fold(entries_of(script)).durations == seconds
+
+
 def test_fold_of_an_undo():
     back = [
         "begin rolling web",
@@ -533,6 +546,27 @@ def test_the_way_back_starts_at_what_serves_and_does_not_bounce(deploy_dir):
     assert releases.previous_committed(deploy_dir) is None
 
 
+def test_the_way_back_never_leads_to_what_was_left_for_the_one_before_it(deploy_dir):
+    make(deploy_dir, "20261121-010000-sha-good", "committed")
+    make(deploy_dir, "20261121-020000-sha-bad", "committed")
+    make(deploy_dir, "20261121-030000-sha-good", "committed", kind="rollback")
+    make(deploy_dir, "20261121-040000-sha-new", "committed")
+    assert releases.previous_committed(deploy_dir)["tag"] == "sha-good"
+    make(deploy_dir, "20261121-050000-sha-good", "committed", kind="rollback")
+    assert releases.previous_committed(deploy_dir) is None
+    # Somebody who asks for it by its tag has it back, with the same release before it.
+    make(deploy_dir, "20261121-060000-sha-bad", "committed", kind="rollback")
+    assert releases.previous_committed(deploy_dir)["tag"] == "sha-good"
+
+
+def test_the_way_back_where_the_promotion_has_been_pruned(deploy_dir):
+    make(deploy_dir, "20261121-020000-sha-bad", "committed")
+    make(deploy_dir, "20261121-030000-sha-good", "committed", kind="rollback")
+    assert releases.previous_committed(deploy_dir) is None
+    make(deploy_dir, "20261121-040000-sha-new", "committed")
+    assert releases.previous_committed(deploy_dir)["id"] == "20261121-030000-sha-good"
+
+
 def test_pruning_keeps_what_is_needed_to_go_back(deploy_dir):
     make(deploy_dir, "20261121-000000-sha-o", "frozen")
     make(deploy_dir, "20261121-010000-sha-a", "committed")
@@ -639,3 +673,60 @@ def test_failed_attempts_do_not_push_out_what_can_be_gone_back_to(tmp_path):
     removed, warnings = releases.prune_releases(str(tmp_path), 2)
     assert sorted(removed) == sorted([gone, *failed[:3]]) and warnings == []
     assert sorted(releases.release_ids(str(tmp_path))) == sorted([of_a_set, *kept, *failed[3:]])
+
+# --- several hosts
+
+
+def test_what_a_lost_host_is_owed_is_asked_for_only_when_it_is_there(deploy_dir):
+    make(deploy_dir, "20261121-090000-sha-a", "committed")
+    make(deploy_dir, "20261121-100000-sha-b")
+    releases.Journal(releases.journal_path(deploy_dir, "20261121-100000-sha-b"), "r1").begin("hosts")
+    failure = {"class": "not_ready", "message": "web"}
+    releases.finish_release(deploy_dir, "20261121-100000-sha-b", "r1", "rollback_failed", failure, ["app-2", "app-3"])
+    first = releases.read_release(deploy_dir, "20261121-100000-sha-b")
+    assert releases.open_release(deploy_dir) is None
+    assert releases.owed_release(deploy_dir, ["app-1"]) is None
+    owed = releases.recovery_owed(releases.owed_release(deploy_dir, ["app-1", "app-3"]))
+    assert (owed["action"], owed["hosts"]) == ("undo", ["app-2", "app-3"])
+
+    assert releases.owed_after(first, ["app-3"], []) == ["app-2"]
+    releases.finish_release(deploy_dir, "20261121-100000-sha-b", "r2", "rollback_failed", None, ["app-2"])
+    assert releases.owed_release(deploy_dir, ["app-1", "app-3"]) is None
+    releases.finish_release(deploy_dir, "20261121-100000-sha-b", "r3", "rolled_back")
+    last = releases.read_release(deploy_dir, "20261121-100000-sha-b")
+    assert releases.owed_release(deploy_dir, ["app-2"]) is None
+    assert (last["result"], last["owed"], last["failure"]) == ("rolled_back", [], "web")
+    assert (last["seconds"], last["ended"]) == (first["seconds"], first["ended"])
+
+
+@pytest.mark.parametrize(
+    ("owed", "hosts", "lost", "after"),
+    [
+        ([], ["a", "b", "c"], [], []),
+        ([], ["a", "b", "c"], ["b"], ["b"]),
+        (["c"], ["c"], [], []),
+        (["c"], ["c"], ["c"], ["c"]),
+        (["b", "c"], ["c"], [], ["b"]),
+    ],
+)
+def test_what_is_owed_after_a_way_back(owed, hosts, lost, after):
+    assert releases.owed_after({"owed": owed}, hosts, lost) == after
+
+
+def test_a_release_that_is_owed_is_not_pruned(deploy_dir):
+    make(deploy_dir, "20261121-010000-sha-a")
+    releases.finish_release(deploy_dir, "20261121-010000-sha-a", "r1", "rollback_failed", None, ["app-3"])
+    for hour in range(2, 6):
+        make(deploy_dir, f"20261121-0{hour}0000-sha-{hour}", "committed")
+    assert releases.prune_releases(deploy_dir, 2) == (["20261121-030000-sha-3", "20261121-020000-sha-2"], [])
+
+
+def test_another_host_has_files_and_a_current_release_and_no_more(deploy_dir):
+    files = [{"name": "compose.yaml", "content": "services: {}\n"}]
+    for hour in range(1, 5):
+        assert releases.lay_out(deploy_dir, f"20261121-0{hour}0000-sha-a", files)
+    assert not releases.lay_out(deploy_dir, "20261121-040000-sha-a", files)
+    assert releases.adopt(deploy_dir, "20261121-010000-sha-a", 2) == (True, ["20261121-020000-sha-a"], [])
+    assert releases.adopt(deploy_dir, "20261121-010000-sha-a", 2) == (False, [], [])
+    assert releases.current_id(deploy_dir) == "20261121-010000-sha-a"
+    assert releases.list_releases(deploy_dir) == []

@@ -7,12 +7,16 @@
 from __future__ import annotations
 
 import typing as t
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import HASH_LABEL, SERVICE_LABEL
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import plan as planning
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import undo
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host import Host
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import Plan, Spec, Step
 
 OLD, NEW = "r/app@sha256:" + "a" * 64, "r/app@sha256:" + "b" * 64
@@ -61,6 +65,41 @@ def test_the_same_image_and_configuration_that_runs_is_left_alone() -> None:
     assert first({"web": web()}, [container("web", image=NEW, config="old")]).action == "roll"
     assert first({"web": web(deploy={"replicas": 2})}, [same]).action == "roll"
     assert first({"web": web()}, [same, container("web", 2, "exited")]).action == "unchanged", "what an older release left is no matter"
+
+
+def test_what_was_kept_is_swapped_to_and_otherwise_no_matter() -> None:
+    serving, kept = container("web"), container("web", 2, image=NEW, config="new")
+    services = {"web": {"port": 8080, "strategy": "blue_green"}}
+
+    def step(state: str, *, wanted: str = "web2") -> Step:
+        containers = [serving, {**kept, "State": state}]
+        return build(spec(services=services), {"web": web()}, containers, kept=[wanted]).services[0]
+
+    assert (step("running").action, step("running").old_ids, step("running").kept_ids) == ("swap", ("web1",), ("web2",))
+    assert step("exited").action == "swap", "what takes no requests is kept stopped"
+    assert build(spec(services=services), {"web": web()}, [kept, serving], kept=["web1"]).services[0].action == "unchanged"
+    assert build(spec(), {"web": web()}, [serving, {**kept, "Image": OLD}], kept=["web2"]).services[0].action == "roll"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"strategy": "canary", "canary": {"steps": [10, 50], "seconds": 30}}, "10 %, 50 % of the requests for 30 s each, then all"),
+        ({"strategy": "blue_green", "keep_old_for": 600}, "all at once, the old ones stay for 600 s"),
+        ({"strategy": "start_first", "parallel": 1}, "1 at a time"),
+    ],
+)
+def test_the_plan_says_how(given: dict[str, t.Any], words: str) -> None:
+    found = build(spec(services={"web": {"port": 8080, **given}}), {"web": web(deploy={"replicas": 3})}, [container("web")])
+    assert words in found.lines[0]
+
+
+def test_old_and_new_side_by_side_is_refused_where_that_cannot_be() -> None:
+    with pytest.raises(DeliveryError, match="old and new cannot run side by side: host network"):
+        first({"web": web(network_mode="host")}, services={"web": {"strategy": "blue_green"}})
+    found = build(spec(services={"web": {"max_surge": 1}}), {"web": web(network_mode="host")})
+    with pytest.raises(DeliveryError, match="max_surge is 1, but old and new are not to run side by side"):
+        planning.check_shapes(spec(services={"web": {"max_surge": 1}}), {"services": {"web": web()}}, found)
 
 
 @pytest.mark.parametrize(
@@ -212,3 +251,22 @@ def test_a_spec_survives_the_file_it_is_kept_in() -> None:
     assert given.services["web"].stop_timeout == 0, "zero is a value"
     with pytest.raises(DeliveryError, match="strategy"):
         spec(services={"web": {"strategy": "both"}})
+
+
+@pytest.mark.parametrize("kind", ["none", "nginx", "traefik"])
+def test_writes_are_not_promised_to_wait_where_the_edge_cannot_let_them(kind: str) -> None:
+    held = spec(hold=True, routes={"web": 8080}, edge={"type": kind})
+    with pytest.raises(DeliveryError, match="let requests wait. Put HAProxy") as error:
+        planning.check_hold(held)
+    assert error.value.failure_class == "config"
+    for fine in (replace(held, hold=False), replace(held, routes={}), replace(held, edge={"type": "haproxy", "socket": "/x"})):
+        planning.check_hold(fine)
+
+
+@pytest.mark.parametrize(("kind", "held"), [("haproxy", ["all"]), ("nginx", []), ("traefik", []), ("none", [])])
+def test_the_app_is_stopped_also_where_its_requests_cannot_wait(kind: str, held: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host(spec(project_dir=str(tmp_path), routes={"web": 8080}, edge={"type": kind, **({"socket": "/x"} if held else {})}))
+    asked: list[str] = []
+    monkeypatch.setattr(host.edge, "hold", lambda project, what: asked.append(what))
+    undo._set_hold(host, "all")
+    assert asked == held

@@ -186,7 +186,7 @@ def test_the_guard_acts_on_death_and_never_after_disarm(tmp_path: Path, how: str
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         deadline = time.monotonic() + 30
-        while os.path.exists(f"/proc/{pid}/exe") and _alive(pid) and time.monotonic() < deadline:
+        while _alive(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not _alive(pid)
         assert mark.exists() == (how != "disarm")
@@ -335,6 +335,34 @@ def test_whom_to_hold() -> None:
     assert freeze.plan_hold([container("x", "running", True)], "pause")
     with pytest.raises(DeliveryError, match="--rm"):
         freeze.plan_hold([container("x", "running", True)], "stop")
+
+
+SECOND = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("now", "due"),
+    [
+        (100.0, False),  # it ended this moment
+        (101.6, False),
+        (101.8, True),  # the next one begins in 0.2 s
+        (105.0, True),  # it runs
+    ],
+)
+def test_a_health_check_runs_from_its_interval_after_the_last_one(now: float, due: bool) -> None:
+    container = {
+        "Config": {"Healthcheck": {"Test": ["CMD", "true"], "Interval": 2 * SECOND}},
+        "State": {"Running": True, "StartedAt": "1970-01-01T00:00:00Z", "Health": {"Log": [{"End": "1970-01-01T01:01:40.000000000+01:00"}]}},
+    }
+    assert freeze.check_is_due(container, now) is due
+
+
+@pytest.mark.parametrize("check", [None, {}, {"Test": ["NONE"]}])
+def test_a_container_without_a_health_check_is_always_quiet(check: object) -> None:
+    state = {"Running": True, "StartedAt": "1970-01-01T00:00:00.123456789Z"}
+    assert not freeze.check_is_due({"Config": {"Healthcheck": check}, "State": state}, 10.0)
+    first = {"Config": {"Healthcheck": {"Test": ["CMD", "true"]}}, "State": {**state, "Health": {"Log": None}}}
+    assert [freeze.check_is_due(first, now) for now in (10.0, 30.0)] == [False, True]  # the default interval is 30 s
 
 
 def test_which_mounts_concern_a_set() -> None:
