@@ -136,6 +136,14 @@ class Journal:
         """All whole entries, oldest first; none when the file does not exist."""
         return _read_journal_file(self.path)
 
+    def append_once(self, event: str, step: str, service: str | None = None, data: t.Mapping[str, t.Any] | None = None) -> bool:
+        """``append``, unless this run has said the same last about this step, as a task does that is tried again. A note is always new."""
+        about = [one for one in self.entries() if one["step"] == step and one.get("service") == service and one["event"] != "note"]
+        if about and event != "note" and about[-1]["event"] == event and about[-1]["run"] == self.run_id:
+            return False
+        self.append(event, step, service, data or {})
+        return True
+
 
 def _read_journal_file(path: str) -> list[dict[str, t.Any]]:
     try:

@@ -495,17 +495,9 @@ class ReleaseManager:
             return result  # the release itself may not exist: started made none
         releases.read_release(self.deploy_dir, release_id)
         self.lease.renew(step, params["ttl"])
-        journal = releases.Journal(result["journal"], self.run_id)
         changed = bool(releases.write_files(result["release_dir"], params["files"]))
-        if not self._is_written(journal.entries(), event, step, service):
-            journal.append(event, step, service, params["data"])
-            changed = True
+        changed = releases.Journal(result["journal"], self.run_id).append_once(event, step, service, params["data"]) or changed
         return {**result, "changed": changed}
-
-    def _is_written(self, entries: list[dict[str, t.Any]], event: str, step: str, service: str | None) -> bool:
-        """Whether the newest entry about this step, by this run, says the same: a retried task."""
-        about = [e for e in entries if e["step"] == step and e.get("service") == service and e["event"] != "note"]
-        return bool(about) and event != "note" and about[-1]["event"] == event and about[-1]["run"] == self.run_id
 
     # --- the ends
 

@@ -155,8 +155,9 @@ class Site:
             **self.options,
         }
 
-    def start(self, PATH: str = os.environ["PATH"], **options: t.Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(COLLECTIONS), "PYTHONDONTWRITEBYTECODE": "1"}
+    def start(self, DOCKER_CONFIG: str = "", **options: t.Any) -> subprocess.Popen[str]:
+        own = {"DOCKER_CONFIG": DOCKER_CONFIG} if DOCKER_CONFIG else {}
+        environment = {**os.environ, **own, "PYTHONPATH": str(COLLECTIONS), "PYTHONDONTWRITEBYTECODE": "1"}
         # As Ansible's own wrapper does it, but in a process whose id is known.
         code = (
             "import json, sys\n"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -21,7 +20,7 @@ from grpc_fixture import start_grpc
 from rollout_fixture import Load, Proxy, Site, kill_at, lines_of
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.releases import Journal, fold, process_started
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import MARKER, _marked
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import MARKER, _marked, find_plugin
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import read_confirm
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import edge_from
 
@@ -397,14 +396,14 @@ def test_a_compose_that_outlives_its_module_creates_nothing_behind_undo(site: Si
     site.deploy("one")
     before = site.containers()
     release = site.release("two")
-    slow = tmp_path / "bin"
+    slow = tmp_path / "cli-plugins"
     slow.mkdir()
     # Its output goes nowhere, or the pipe that nobody reads any more would end it.
-    (slow / "docker").write_text(
-        f"#!/bin/sh\ncase \"$*\" in *--no-start*web*) touch {slow}/called; sleep 4; exec >/dev/null 2>&1;; esac\nexec {shutil.which('docker')} \"$@\"\n"
+    (slow / "docker-compose").write_text(
+        f"#!/bin/sh\ncase \"$*\" in *--no-start*web*) touch {slow}/called; sleep 4; exec >/dev/null 2>&1;; esac\nexec {find_plugin()} \"$@\"\n"
     )
-    (slow / "docker").chmod(0o755)
-    process = site.start(**release, phases=["pull", "dependencies", "roll"], PATH=f"{slow}:{os.environ['PATH']}")
+    (slow / "docker-compose").chmod(0o755)
+    process = site.start(**release, phases=["pull", "dependencies", "roll"], DOCKER_CONFIG=str(tmp_path))
     while not (slow / "called").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
