@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""Runs the module ``app_spec`` in Ansible's worker where that is the same. A release begins with it: what that needs next is packed meanwhile."""
+"""Runs the module ``app_spec`` in Ansible's worker where that is the same. A release begins with it: what it needs next is packed then."""
 
 from __future__ import annotations
 
