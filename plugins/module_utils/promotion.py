@@ -76,7 +76,7 @@ def calls_of(kind: str, hosts: int, copies: bool = False, holds: bool = False, r
     """
     alone = hosts == 1
     check, pull, roll = ["preflight"], ["pull", "hold"] if alone else ["pull"], ["dependencies", "migrate", "roll"]
-    words = "pull" + (" and hold all writes" if alone and holds else "")
+    words = "pull the images" + (" and hold all writes" if alone and holds else "")
     checks = "Check host, Compose file and plan"
     if alone and not copies:
         check, pull, checks = check + pull, [], f"{checks}, then {words}"

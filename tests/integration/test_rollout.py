@@ -494,6 +494,25 @@ def test_refuses_what_compose_would_do_to_running_containers(site: Site) -> None
     _refused(site, site.release("two"), f"{site.project}_default", "stop every container")
 
 
+def test_compose_is_asked_about_networks_only_where_something_can_have_changed(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = tmp_path / "cli-plugins" / "docker-compose"
+    plugin.parent.mkdir()
+    plugin.write_text(f"#!/bin/sh\ncase \"$*\" in *--dry-run*) echo >>{tmp_path}/asked;; esac\nexec {find_plugin()} \"$@\"\n")
+    plugin.chmod(0o755)
+    (tmp_path / "asked").touch()
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    site.deploy("one")
+    site.deploy("two")
+    assert (tmp_path / "asked").read_text() == "", "the first release has made them, the second leaves them as they are"
+    plugin.write_text(plugin.read_text() + "\n")
+    site.deploy("one")
+    assert (tmp_path / "asked").read_text() == "\n", "another Compose may see them in another way"
+    site.compose["networks"] = {"default": {"labels": {"changed": "1"}}}
+    _refused(site, site.release("two"), f"{site.project}_default", "stop every container")
+
+
 def test_an_image_that_is_not_there_is_named(site: Site) -> None:
     site.deploy("one")
     before = site.containers()

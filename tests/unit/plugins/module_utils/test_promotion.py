@@ -166,7 +166,7 @@ def test_a_call_begins_only_where_the_controller_has_something_to_do(given: tupl
 
 
 def test_the_calls_of_a_release_go_by_what_it_does() -> None:
-    assert plan().calls["pull"]["does"] == "Pull"
-    assert plan(Wish(migrations="breaking")).calls["pull"]["does"] == "Pull and hold all writes"
+    assert plan().calls["pull"]["does"] == "Pull the images"
+    assert plan(Wish(migrations="breaking")).calls["pull"]["does"] == "Pull the images and hold all writes"
     back = plan(Wish(kind="rollback")).calls
-    assert back["check"]["does"] == "Check host, Compose file and plan, then pull and roll" and not back["roll"]["phases"]
+    assert back["check"]["does"] == "Check host, Compose file and plan, then pull the images and roll" and not back["roll"]["phases"]
