@@ -187,7 +187,7 @@ gate_molecule() {
 # Several groups of tests at a time, as conftest.py there makes them; more than there are cores, as they wait a lot.
 gate_integration() { run_pytest integration tests/integration -n 4 --dist loadscope; }
 
-gate_soak() { run_pytest soak tests/soak; }
+gate_soak() { run_pytest soak tests/soak -s; } # its lines are what is to be seen
 
 gate_e2e() { run_pytest e2e tests/e2e -n 4 --dist loadscope; }
 
@@ -220,7 +220,7 @@ limit_of() { # seconds
     sanity | demo) say 900 ;;
     integration | e2e | systemd) say 1800 ;;
     hosts) say 2700 ;;
-    soak) say 4000 ;;
+    soak) say 9000 ;;
     esac
 }
 

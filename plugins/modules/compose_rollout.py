@@ -329,10 +329,11 @@ plan:
     - What happens to each service, in the groups C(dependencies), C(migrator), C(services), and C(warnings).
     - Each has C(service), C(kind), C(action) (C(unchanged), C(roll), C(swap), C(create), C(start), C(run)), C(strategy), C(reason),
       C(old) and C(new) (image references), C(replicas), C(old_ids), C(kept_ids).
+    - C(expected) has the medians of the releases before it, C(whole) and C(services) in seconds, and C(releases), how many those were.
   returned: with O(state=applied)
   type: dict
 lines:
-  description: The plan for people, one line a service that changes.
+  description: The plan for people, one line a service that changes, and how long it will take where releases before it tell.
   returned: always
   type: list
   elements: str

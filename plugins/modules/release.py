@@ -398,7 +398,7 @@ class ReleaseManager:
     # --- started
 
     def started(self) -> dict[str, t.Any]:
-        release_id = self.params["release_id"] or releases.new_release_id(self.params["tag"])
+        release_id = self.params["release_id"] or releases.new_release_id(self.params["tag"], deploy_dir=self.deploy_dir)
         releases.release_path(self.deploy_dir, release_id)
         if self.module.check_mode:
             return self._started_check(release_id)
@@ -428,6 +428,10 @@ class ReleaseManager:
             if self._is_this_one(unfinished):
                 return {**result, "changed": False}
             return {**result, "recover": releases.recovery_owed(unfinished)}
+        if not params["release_id"] and releases.release_ids(self.deploy_dir)[:1] >= [release_id]:
+            # While this one waited for the lock, another that asked later had it.
+            release_id = releases.new_release_id(params["tag"], deploy_dir=self.deploy_dir)
+            self.lease.acquire(self.run_id, params["holder"] or {}, release_id, params["ttl"])
         identity = releases.fingerprint(params["tag"], params["plan"].get("images") or {}, params["files"], release_id)
         if params["unchanged_ok"] and previous is not None and self._is_current(previous, identity):
             return {**result, **self._folder(previous["id"]), "changed": False, "unchanged": True, "release": previous}

@@ -57,6 +57,7 @@ def test_start_first_loses_no_request(site: Site, proxy: Proxy) -> None:
     assert result["services"]["web"]["strategy"] == "start_first" and result["services"]["web"]["cut"] == 0
     assert {"start", "ready", "switch", "stop"} <= set(result["services"]["web"]["phases"])
     assert result["plan"]["services"][0]["old"] == site.images["one"]
+    assert all(" s" in line.rpartition(", about ")[2] for line in result["lines"]), result["lines"]
     assert len(proxy.upstreams()) == 1 and proxy.upstreams()[0].endswith(":8080 ready")
     assert site.containers("web", running=False) == old, "kept until the commit"
     site.commit(release)

@@ -15,6 +15,7 @@ import stat
 import time
 import typing as t
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import PROJECT_LABEL, SERVICE_LABEL, short_id
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
@@ -31,6 +32,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import u
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import OLDEST_COMPOSE, Compose, parse_version
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import Waiter
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import WEIGHING
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.history import expected
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host import (
     Container,
     Host,
@@ -160,6 +162,8 @@ class Rollout:
         planning.check_names(self.spec, self.model)
         planning.check_images(self.spec, self.model)
         self.replan()
+        migrator = self.spec.migrator.service if self.spec.migrator else ""
+        self.plan = replace(self.plan, expected=expected(self.spec.project_dir, self.spec.release_id, migrator))
         self.warnings = [*warnings, *self.plan.warnings]
 
     def replan(self) -> None:
