@@ -12,10 +12,10 @@ module: boot_program
 short_description: Put the program on a host that brings its apps back after a reboot
 version_added: 0.1.0
 description:
-  - Writes one file, an archive that Python runs, with the parts of this collection that start an app, point its edge at what runs, and
-    stop it, without a controller. C(python3 PATH up DEPLOY_DIR) and C(python3 PATH down DEPLOY_DIR) call it.
-  - C(up) starts what the last committed release has running, waits for what the app depends on, and points the edge at the containers, which
-    have other addresses after a start. Where a release was cut off before its commit, it brings back what ran before. While a release
+  - Writes one file, an archive that Python runs, with the parts of this collection that start an app, point its edge at what runs,
+    and stop it, without a controller. C(python3 PATH up DEPLOY_DIR) and C(python3 PATH down DEPLOY_DIR) call it.
+  - C(up) starts what the last committed release has running, waits for what the app depends on, and points the edge at the containers,
+    which have other addresses after a start. Where a release was cut off before its commit, it brings back what ran before. While a release
     is under way it does nothing. It makes and removes no container.
   - The role C(app_host) installs it and the systemd units that call it.
 author:

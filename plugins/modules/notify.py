@@ -69,7 +69,7 @@ options:
         type: int
         default: 25
       starttls:
-        description: Encrypt before anything is sent. The server's certificate must be good for O(email.host). Needed where there is a login.
+        description: Encrypt before anything is sent. The server's certificate must be good for O(email.host). Needed with a login.
         type: bool
         default: false
       ca_path:

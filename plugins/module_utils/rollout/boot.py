@@ -42,7 +42,7 @@ DEPENDS_LABEL = "com.docker.compose.depends_on"
 
 
 def bring_up(project_dir: str) -> list[str]:
-    """Start what has to run and point the edge at it; what was done, one line each. Raises the first ``DeliveryError`` after all was tried."""
+    """Start what has to run and point the edge at it; what was done, one line each. The first ``DeliveryError`` after all was tried."""
     release = _deciding_release(project_dir)
     if release is None:
         return ["no release was committed here yet: nothing to bring up"]
@@ -103,14 +103,15 @@ class _Return:
         needed = [name for name in names if name not in spec.services and name != migrator and name not in self.to_end]
         serving = {name: self._serving(name) for name in (*needed, *spec.services)}
         for name in needed:
-            self._try(lambda name=name: self._start(name, serving[name]))
-        self._try(lambda: self.host.await_dependencies({name: serving[name] for name in needed}, DEPENDENCY_TIMEOUT))
+            self._try(self._start, name, serving[name])
+        self._try(self.host.await_dependencies, {name: serving[name] for name in needed}, DEPENDENCY_TIMEOUT)
         for name in spec.services:
-            self._try(lambda name=name: self._start(name, serving[name]))
+            self._try(self._start, name, serving[name])
         if self.host.has_edge:
             for name, port in spec.routes.items():
-                self._try(lambda name=name, port=port: self._point(name, port, serving[name]))
+                self._try(self._point, name, port, serving[name])
         if self.errors:
+            self.errors[0].details["said"] = self.said
             raise self.errors[0]
         return self.said or ["everything runs, and the edge points at it"]
 
@@ -129,7 +130,10 @@ class _Return:
     def _start(self, service: str, containers: t.Sequence[str]) -> None:
         if not containers:
             raise DeliveryError(
-                f"Starting {service}", "none of its containers is left", "Promote the current tag again, which makes a new one.", "not_ready"
+                f"Starting {service}",
+                "none of its containers is left",
+                "Promote the current tag again, which makes a new one.",
+                "not_ready",
             )
         for container in containers:
             policy = self.before.get(container, {}).get("restart")
@@ -146,9 +150,9 @@ class _Return:
         if switched["added"] or switched["removed"]:
             self.said.append(f"{service}: the edge points at {', '.join(f'{address}:{port}' for address in addresses)}")
 
-    def _try(self, action: t.Callable[[], None]) -> None:
+    def _try(self, action: t.Callable[..., None], *arguments: t.Any) -> None:
         try:
-            action()
+            action(*arguments)
         except DeliveryError as exc:
             self.errors.append(exc)
             self.said.append(exc.message)
@@ -187,6 +191,6 @@ def main(argv: t.Sequence[str]) -> int:
         for line in actions[argv[0]](argv[1]):
             print(line)
     except DeliveryError as exc:
-        print(exc.message, file=sys.stderr)
+        print("\n".join(exc.details.get("said", (exc.message,))), file=sys.stderr)
         return 1
     return 0

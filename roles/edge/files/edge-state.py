@@ -5,7 +5,8 @@
 """Keeps what an edge knows only in memory: which upstream is in which slot, and what is held.
 
 edge-state.py SOCKET save          write both where HAProxy reads them at its start; print the process id of its worker
-edge-state.py SOCKET begin STATE MARKER    before the first start of HAProxy since the machine's: all slots are empty; MARKER, in /run, notes it
+edge-state.py SOCKET begin STATE MARKER    before the first start of HAProxy since the machine's: empty all slots; MARKER, in /run,
+                                   notes that it was done
 edge-state.py SOCKET certificates FILE...  where HAProxy runs with another certificate than is in its file: give it that, without a reload;
                                    print the files it was for
 edge-state.py SOCKET wait [PID]    until HAProxy answers, with another worker than PID; print its process id
