@@ -34,7 +34,7 @@ test-hosts: ## releases over three hosts, reached over SSH; not part of `make te
 	@scripts/bootstrap.sh test
 	@tests/run.sh hosts
 
-test-systemd: ## the registry role on a host that systemd runs; no part of test
+test-systemd: ## app hosts and the registry role on hosts that systemd runs; no part of test
 	@scripts/bootstrap.sh test
 	@tests/run.sh systemd
 
