@@ -13,7 +13,7 @@ import typing as t
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import restore as restoring
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import sets
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import sets, taking
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import (
     Settings,
     SnapshotEngine,
@@ -44,6 +44,8 @@ SNAPSHOT_ARGUMENTS: dict[str, t.Any] = {
     "volumes": {"type": "list", "elements": "str", "default": []},
     "paths": {"type": "list", "elements": "path", "default": []},
     "metadata": {"type": "dict", "default": {}},
+    "project": {"type": "str", "default": ""},
+    "volume_options": {"type": "dict", "default": {}},
     "consistency": {"type": "str", "choices": ["none", "pause", "stop", "hooks"], "default": "pause"},
     "hooks": {
         "type": "list",
@@ -114,9 +116,10 @@ def repository(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> di
 
 
 def snapshot(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, t.Any]:
-    """See ``sets.take_locked``; the items of the set are laid out flat."""
+    """See ``taking.take_locked``; the items of the set are laid out flat."""
     with _told():
-        if (params["consistency"] == "hooks") != bool(params["hooks"]):
+        kinds = {params["consistency"], *(dict(one or {}).get("consistency") for one in params["volume_options"].values())}
+        if ("hooks" in kinds) != bool(params["hooks"]):
             raise DeliveryError(
                 "take a snapshot set", "consistency hooks and the option hooks need each other", "Give both or neither.", "config"
             )
@@ -126,6 +129,8 @@ def snapshot(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict
             volumes=params["volumes"],
             paths=params["paths"],
             metadata=params["metadata"],
+            options={name: _part_options(name, one) for name, one in params["volume_options"].items()},
+            project=params["project"],
             consistency=params["consistency"],
             hooks=params["hooks"],
             verify=params["verify"],
@@ -134,7 +139,7 @@ def snapshot(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict
             keep=params["keep"],
         )
         only_look = check_mode or params["preflight"]
-        result = sets.take(_engine(kind, params), Engine(params["docker_socket"]), request, check_mode=only_look)
+        result = taking.take(_engine(kind, params), Engine(params["docker_socket"]), request, check_mode=only_look)
         taken = result.pop("set", {})
         result.update({key: taken.get(key) for key in ("created", "bytes", "files", "parts")} if taken else {})
         if params["preflight"]:
@@ -175,6 +180,14 @@ def info(kind: str, params: t.Mapping[str, t.Any], check_mode: bool) -> dict[str
             "sets": [one.as_result() for one in chosen],
             "warnings": [],
         }
+
+
+def _part_options(name: str, raw: t.Any) -> dict[str, t.Any]:
+    if not isinstance(raw, t.Mapping) or set(raw) - {"consistency", "service"}:
+        raise DeliveryError(
+            f"read volume_options.{name}", "it is no map of consistency and service", "Give such a map for each name.", "config"
+        )
+    return dict(raw)
 
 
 def _engine(kind: str, params: t.Mapping[str, t.Any]) -> SnapshotEngine:

@@ -21,6 +21,8 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.command import C
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
 
+Names = t.Sequence[bytes]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -28,6 +30,7 @@ class Stored:
 
     ``snapshot`` is the engine's id, ``root`` names the stored content itself (Kopia: object id; restic: tree id).
     ``broken`` says why it must not be used (empty: sound). ``files`` and ``bytes`` are the engine's own counts, -1 if it has none.
+    ``skipped``: names below the source that could not be read; ``added``: bytes that the repository grew by, for the whole snapshot.
     """
 
     source: str
@@ -38,6 +41,8 @@ class Stored:
     files: int = -1
     bytes: int = -1
     broken: str = ""
+    skipped: Names = ()
+    added: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,10 @@ class SnapshotEngine(t.Protocol):
     def prepare(self, sources: t.Sequence[str]) -> None:
         """Whatever the engine must know about the sources before the first pass."""
 
-    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float) -> list[Stored]:
+    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float, moving: bool) -> list[Stored]:
         """Store all sources in one call; one sound ``Stored`` for each, in order, or nothing is left behind and it raises.
+
+        ``moving``: files may change and go away meanwhile; what could not be read is then in ``skipped``.
 
         It tells at once what it can without asking the repository again; the rest is for ``identified``.
         """

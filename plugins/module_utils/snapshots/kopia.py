@@ -104,7 +104,7 @@ class Kopia(Base):
         if not done.ok:
             raise self.failure("set the Kopia policy of the sources", done)
 
-    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float) -> list[Stored]:
+    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float, moving: bool) -> list[Stored]:
         mark = uuid.uuid4().hex
         every = {**tags, "call": mark}
         options = [
