@@ -114,9 +114,13 @@ options:
         elements: str
         default: []
   verify:
-    description: Read every byte of the set back from the repository before it counts.
-    type: bool
-    default: true
+    description:
+      - V(repository) reads every byte of the set back from the repository before it counts.
+      - V(restore) restores it to one side, beside O(config_dir), and compares it.
+      - V(none) trusts the repository.
+    type: str
+    choices: [none, repository, restore]
+    default: repository
   freeze_timeout:
     description: Seconds that the containers may be held still at most; the set fails when it takes longer.
     type: int

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import typing as t
 import uuid
 from dataclasses import replace
@@ -75,10 +76,28 @@ class Restic(Base):
             f"open the restic repository {self._shown}", seen, "Mount its disk, or create it with restic_repository.", "config"
         )
 
+    def change_password(self, password: str) -> None:
+        self.refuse_writing("change the password")
+        self.prepare_directories()
+        descriptor, path = tempfile.mkstemp(dir=self.directory)  # 0600; restic takes it from a file only
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+                handle.write(password + "\n")
+            done = self.call("key", "passwd", "--new-password-file", path, timeout=300)
+        finally:
+            os.unlink(path)
+        if not done.ok:
+            raise self.failure(f"change the password of the restic repository {self._shown}", done)
+
+    def call(self, *arguments: str, **options: t.Any) -> CommandResult:
+        shared = [*(["--no-lock"] if self.settings.read_only else []), *(["--no-cache"] if self.settings.cache_mb == 0 else [])]
+        return super().call(*shared, *arguments, **options)
+
     def prepare(self, sources: t.Sequence[str]) -> None:
         """restic has no policies."""
 
     def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float, moving: bool) -> list[Stored]:
+        self.refuse_writing("take a snapshot")
         for source in sources:
             # restic ends with 0 when one of several sources is not there.
             if not os.path.lexists(source):

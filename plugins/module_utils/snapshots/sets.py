@@ -58,6 +58,7 @@ class Part:
 @dataclass(frozen=True)
 class Request:
     """What to take. ``hooks`` as in ``freeze.Window``; times in seconds; ``keep`` 0 keeps every set.
+    ``verify``: ``none``, ``repository`` (all of it is read back) or ``restore`` (it is restored to one side and compared).
 
     ``options``: ``{consistency, service}`` of single parts, by the name of the volume, its key in the Compose file, or the path.
     ``project``: the Compose project of services and keys; with neither volumes nor paths, all its data is taken.
@@ -73,7 +74,7 @@ class Request:
     project: str = ""
     consistency: str = "pause"
     hooks: t.Sequence[t.Mapping[str, t.Any]] = ()
-    verify: bool = True
+    verify: str = "repository"
     freeze_timeout: float = 600.0
     stop_timeout: float = 30.0
     keep: int = 0
@@ -90,6 +91,11 @@ class SetInfo:
     manifest: dict[str, t.Any]
     stored: list[Stored]
     parts: list[Stored] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> int:
+        """Grows from set to set, whatever the clock does."""
+        return int(self.manifest.get("sequence", 0))
 
     @property
     def created(self) -> str:
@@ -308,7 +314,7 @@ class Catalog:
         found = [self.get(set_id) for set_id in self.ids()]
         if app:
             found = [one for one in found if one.manifest.get("metadata", {}).get("app") == app]
-        return sorted(found, key=lambda one: (one.created, one.set_id), reverse=True)
+        return sorted(found, key=lambda one: (one.sequence, one.created, one.set_id), reverse=True)
 
     def get(self, set_id: str) -> SetInfo:
         """One set; an unknown id is an incomplete set of which nothing is stored."""
@@ -325,6 +331,11 @@ class Catalog:
             raise DeliveryError("find the latest snapshot set", "there is no complete one", "Take one first.", "snapshot")
         check_set_id(set_id)
         found = self.get(set_id)
+        owner = found.manifest.get("metadata", {}).get("app", "")
+        if app and owner and owner != app:
+            raise DeliveryError(
+                f"find the snapshot set {set_id} of {app}", f"it is of another app, {owner}", "Name a set of this app.", "config"
+            )
         if not found.complete:
             known = [one.set_id for one in self.sets(app) if one.complete][:5]
             raise DeliveryError(

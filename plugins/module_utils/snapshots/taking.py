@@ -11,13 +11,14 @@ import datetime
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 import typing as t
 from dataclasses import replace
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.files import write_json
+from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import carried, databases, freeze
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.delta import Delta, changed_since, checksum, copy_files
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import SnapshotEngine, Stored
@@ -41,6 +42,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.sets i
     forget,
     locked,
     manifest_path,
+    megabytes,
     mend_freezes,
     resolve,
 )
@@ -92,7 +94,7 @@ def take_locked(engine: SnapshotEngine, docker: Engine, request: Request, check_
     with contextlib.suppress(FileNotFoundError):
         os.unlink(result["manifest"])
     engine.delete(existing.stored)
-    taking = Taking(engine, docker, request, parts, held, found, repository.repository_id)
+    taking = Taking(engine, docker, request, parts, held, found, catalog)
     if held:
         taking.warm_up()
     manifest = taking.finish()
@@ -156,11 +158,12 @@ class Taking:
         parts: t.Sequence[Part],
         held: t.Sequence[freeze.Held],
         found: t.Mapping[int, databases.Database],
-        repository_id: str,
+        catalog: Catalog,
     ) -> None:
         self.engine, self.docker, self.request, self.parts, self.held = engine, docker, request, parts, held
         self.databases = dict(found)
-        self.repository_id = repository_id
+        self.repository_id = catalog.repository_id
+        self.sequence = 1 + max((one.sequence for one in catalog.sets()), default=0)
         self.tags = {"set": request.set_id}
         self.made: list[Stored] = []
         self.kept: list[Stored] = []
@@ -216,8 +219,10 @@ class Taking:
     def settle(self) -> None:
         """Read the set back, remove what it does not need, and ask the repository anew: one whose disk was unmounted meanwhile would
         have taken everything with a smile."""
-        if self.request.verify:
+        if self.request.verify == "repository":
             self.engine.verify(self.kept)
+        elif self.request.verify == "restore":
+            self._restore_aside()
         ids = {one.snapshot for one in self.kept}
         self.engine.delete([one for one in self.made if one.snapshot not in ids])
         repository = self.engine.connect()
@@ -230,6 +235,23 @@ class Taking:
                 "The repository was exchanged or unmounted meanwhile.",
                 "snapshot",
             )
+
+    def _restore_aside(self) -> None:
+        """Write every part out of the repository and compare it, one after the other."""
+        with tempfile.TemporaryDirectory(dir=self.workshop) as box:
+            brought, tree = os.path.join(box, "manifest"), os.path.join(box, "tree")
+            self.engine.restore(self.kept[-1], brought)
+            for n, part in enumerate(read_json(os.path.join(brought, "manifest.json"))["parts"]):
+                if not self._fits(part["bytes"]):
+                    raise DeliveryError(
+                        f"restore {part['name']} to one side, to compare it",
+                        f"there is no room for {megabytes(part['bytes'])} in {self.workshop}",
+                        "Make room, or use verify repository.",
+                        "capacity",
+                    )
+                self.engine.restore(self.stored[n], tree)
+                carried.put_together(tree, part, n, brought)
+                shutil.rmtree(tree) if os.path.isdir(tree) else os.unlink(tree)
 
     def finish(self, settle: bool = True) -> dict[str, t.Any]:
         """Take what is left and write the manifest, which is returned. ``settle`` false: the caller calls it when there is time."""
@@ -364,7 +386,7 @@ class Taking:
         return [now.entries[path] for path in sorted(names)]
 
     def _fits(self, size: int) -> bool:
-        space = os.statvfs(self.folder)
+        space = os.statvfs(self.workshop)
         return size + size // 20 + RESERVE < space.f_bavail * space.f_frsize
 
     def _refuse_move(self, number: int, before: Scan, after: Scan) -> None:
@@ -457,6 +479,7 @@ class Taking:
             "schema": SCHEMA,
             "set_id": self.request.set_id,
             "created": created,
+            "sequence": self.sequence,
             "engine": self.engine.name,
             "repository_id": self.repository_id,
             "metadata": dict(self.request.metadata),
