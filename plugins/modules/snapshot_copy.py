@@ -78,6 +78,11 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+repository_id:
+  description: Id of the repository, for O(repository_id).
+  returned: success
+  type: str
+  sample: eb11c0ffee77b9
 set_id:
   description: The set.
   returned: success
@@ -130,7 +135,7 @@ def main() -> None:
         module.warn(warning)
     told = ("kind", "name", "files", "bytes")
     parts = [{**{key: part[key] for key in told}, "place": copying.place(into, part)} for part in found.parts]
-    module.exit_json(changed=True, set_id=found.info.set_id, parts=parts)
+    module.exit_json(changed=True, set_id=found.info.set_id, repository_id=found.catalog.repository_id, parts=parts)
 
 
 if __name__ == "__main__":

@@ -160,6 +160,11 @@ set_age_seconds:
   returned: success
   type: int
   sample: 28800
+repository_id:
+  description: Id of the repository, for O(repository_id); empty when it could not be reached.
+  returned: success
+  type: str
+  sample: eb11c0ffee77b9
 seconds:
   description: How long all of it took.
   returned: success

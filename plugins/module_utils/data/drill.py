@@ -105,8 +105,9 @@ def drill(engine: SnapshotEngine, docker: Engine, request: Request, check_mode: 
         copying.check_folder(_free_name(request.box), found.bytes)
         what = f"{found.info.set_id} ({size(found.bytes)})"
         told = f"would copy {what} into {request.box}, start it as project {request.scratch}, and remove it"
+        which: dict[str, t.Any] = {"set_id": found.info.set_id, "repository_id": found.catalog.repository_id}
         nothing: dict[str, t.Any] = {"verdict": "", "failure": "", "steps": [], "checks": [], "notes": []}
-        return {"changed": True, "set_id": found.info.set_id, **nothing, "lines": [told]}
+        return {"changed": True, **which, **nothing, "lines": [told]}
     os.makedirs(request.folder, mode=0o700, exist_ok=True)
     record = _Record(request)
     with _alone(request):
@@ -296,6 +297,7 @@ def _written(record: _Record) -> dict[str, t.Any]:
         "seconds": round(now - record.began, 3),
         "last_success": _time(now) if passed else earlier.get("last_success", ""),
         "set_id": found.info.set_id if found else "",
+        "repository_id": found.catalog.repository_id if found else "",
         "set_created": found.info.created if found else "",
         "set_age_seconds": round(record.began - moment(found.info.created).timestamp()) if found else None,
         "bytes": found.bytes if found else 0,
