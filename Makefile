@@ -13,7 +13,7 @@ DEMO_PRODUCTION_PORT ?= 18080
 export DEMO_DIR DELIVERY_CACHE DEMO_NAME DEMO_REGISTRY_PORT DEMO_STAGING_PORT DEMO_PRODUCTION_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-data test-hosts test-systemd lint soak bench-images bench-rollout build clean
+.PHONY: help demo demo-down test test-data test-hosts test-moves test-systemd lint soak bench-images bench-rollout bench-data build clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ test-hosts: ## releases over three hosts, reached over SSH; not part of `make te
 	@scripts/bootstrap.sh test
 	@tests/run.sh hosts
 
+test-moves: ## an app moves to another host and back, and is brought back from nothing; no part of test
+	@scripts/bootstrap.sh test
+	@tests/run.sh moves
+
 test-systemd: ## app hosts and the registry role on hosts that systemd runs; no part of test
 	@scripts/bootstrap.sh test
 	@tests/run.sh systemd
@@ -58,6 +62,10 @@ bench-images: ## image_promote beside crane, regctl, skopeo and docker; BENCH="-
 bench-rollout: ## a rollout beside Kamal, docker-rollout, Swarm, Compose and a script, under load; BENCH="--runs 1 --only late": tests/bench/rollout.py --help
 	@scripts/bootstrap.sh test
 	@$(PYTHON) -B tests/bench/rollout.py $(BENCH)
+
+bench-data: ## sets and restores beside kopia, restic and tar alone; BENCH="--runs 2 --only freeze": tests/bench/data.py --help
+	@scripts/bootstrap.sh test
+	@$(PYTHON) -B tests/bench/data.py $(BENCH)
 
 build: ## the collection's tarball, in .cache/dist
 	@scripts/bootstrap.sh demo

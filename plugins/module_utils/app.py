@@ -97,6 +97,18 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
+class Drill:
+    """What ``drill.yml`` starts on a restored set and asks there.
+
+    ``checks``: ``{name, service, command, expect}``; ``timeout`` in seconds.
+    """
+
+    services: list[str]
+    checks: list[dict[str, t.Any]]
+    timeout: float
+
+
+@dataclass(frozen=True)
 class Route:
     """``host`` empty: every name."""
 
@@ -153,6 +165,7 @@ class App:
     policies: Policies
     notify: dict[str, t.Any]
     git: dict[str, t.Any]
+    drill: Drill
 
     def as_dict(self) -> dict[str, t.Any]:
         return asdict(self)
@@ -384,6 +397,7 @@ _TOP_KEYS = (
     "policies",
     "notify",
     "git",
+    "drill",
 )
 _SERVICE_KEYS = (
     "image",
@@ -444,6 +458,7 @@ def _read(top: _Section, environment: str) -> App:
         policies=_read_policies(top, environment),
         notify=_read_notify(top),
         git=_read_git(top),
+        drill=_read_drill(top),
     )
 
 
@@ -747,6 +762,20 @@ def _read_snapshot(top: _Section, volume_options: dict[str, dict[str, str]]) -> 
     if "hooks" in wanted and not section.raw.get("hooks"):
         section.problem("hooks", "is required with consistency: hooks")
     return Snapshot(consistency, section.texts("paths"), hooks, volume_options)
+
+
+def _read_drill(top: _Section) -> Drill:
+    section = top.section("drill", ("services", "checks", "timeout"))
+    checks = []
+    for one in section.sections("checks", ("name", "service", "command", "expect")):
+        service = one.text("service", None, _SERVICE, "is no Compose service name")
+        if "command" not in one.raw:
+            one.problem("command", "is required")
+        command = one.command("command")
+        name = one.text("name", " ".join([service, *command[:1]]) or "check")
+        expect = _read_pattern(one, "expect") if "expect" in one.raw else ""
+        checks.append({"name": name, "service": service, "command": command, "expect": expect})
+    return Drill(section.texts("services"), checks, section.number("timeout", 300, least=1))
 
 
 def _read_routes(top: _Section, services: t.Mapping[str, Service]) -> list[Route]:

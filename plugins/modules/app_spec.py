@@ -118,6 +118,11 @@ public_check:
   returned: success
   type: dict
   sample: {name: public, http: {url: "https://shop.example.com/api/ready", query: "version == 'sha-abc'"}}
+host_check:
+  description: The same check of one host, asked on it, of its own edge; null when the app has none. Its query holds C({tag}).
+  returned: success
+  type: dict
+  sample: {name: host, http: {url: "https://shop.example.com/api/ready", connect_to: "127.0.0.1:443"}}
 public_timeout:
   description: Seconds the public route may take to answer with the new version.
   returned: success
@@ -160,6 +165,7 @@ def derive(app: App, tag: str | None) -> dict[str, t.Any]:
         "routes": [{"service": route.service, "host": route.host, "port": app.services[route.service].port} for route in app.routes],
         "snapshot": {**described["snapshot"], "volumes": app.volumes},
         "public_check": app.public_check(tag),
+        "host_check": app.host_check(),
         "public_timeout": app.public.timeout if app.public else None,
     }
     if tag is not None:
