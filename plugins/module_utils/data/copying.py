@@ -14,9 +14,9 @@ import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import sets
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import carried, sets
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import SnapshotEngine
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import apply_sidecar, scan, sync_file_systems
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import sync_file_systems
 
 Part = t.Mapping[str, t.Any]
 
@@ -91,7 +91,7 @@ def copy(found: Found, into: str) -> list[str]:
             target = place(into, part)
             os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
             engine.restore(stored[part["kind"], part["name"]], target)
-            if not _put_together(target, part, brought):
+            if not carried.put_together(target, part, found.info.manifest["parts"].index(part), brought)[1]:
                 warnings.append(f"{part['name']} changed while it was taken; its content could not be compared")
         sync_file_systems([into])
     except OSError as exc:
@@ -102,17 +102,3 @@ def copy(found: Found, into: str) -> list[str]:
     finally:
         shutil.rmtree(manifests, ignore_errors=True)
     return warnings
-
-
-def _put_together(target: str, part: Part, brought: str) -> bool:
-    """Make of what the engine gave back what the set holds, and compare it; whether that could be done for all of it."""
-    apply_sidecar(target, sets.read_sidecar(brought, part))
-    seen = scan(target)
-    if part["digest"] and seen.digest != part["digest"]:
-        raise DeliveryError(
-            f"check the copy of {part['name']}",
-            f"it is not what was stored ({seen.files} files and {seen.bytes} bytes; stored were {part['files']} and {part['bytes']})",
-            "Use another set.",
-            "snapshot",
-        )
-    return bool(part["digest"])
