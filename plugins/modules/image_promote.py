@@ -103,8 +103,8 @@ options:
   immutable_tags:
     description:
       - Python regular expressions. A tag that matches one is never moved to another digest.
-      - It is looked at before anything is written, and again right before it is written itself where the first look is more than a second
-        old. Registries offer no write that depends on what a tag names, so of two writers within that time the later one wins.
+      - It is looked at before anything is written, and again right before it is written itself where the first look is more than a
+        second old. Registries offer no write that depends on what a tag names, so of two writers within that time the later one wins.
     type: list
     elements: str
     default: ['^sha-']
