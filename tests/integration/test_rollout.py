@@ -549,6 +549,26 @@ def test_an_edge_that_has_no_place_left_refuses_and_the_old_one_serves(site: Sit
     assert load.lost == [] and load.answers == {"one"}
 
 
+def test_a_port_that_is_taken_after_the_preflight(site: Site) -> None:
+    site.deploy("one")
+    before = site.containers()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    site.compose["services"]["worker"]["ports"] = [f"127.0.0.1:{port}:80"]
+    release = site.release("two")
+    site.ok(**release, phases=["preflight", "pull"])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        result = site.call(**release, phases=["dependencies", "migrate", "roll"])
+    assert result["failed"] and result["reverted"] and result["failure_class"] == "not_ready", result
+    assert "Starting worker" in result["msg"] and "already in use" in result["msg"], result["msg"]
+    assert site.containers() == before == site.containers(running=True)
+    site.deploy("two")
+    assert site.answers() == "two"
+
+
 def test_an_image_that_is_removed_after_the_pull(site: Site) -> None:
     site.deploy("one")
     before = site.containers()

@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 #: How the reason of a skip may begin.
-NOT_INSTALLABLE = ("MISSING PROGRAM kopia", "MISSING PROGRAM traefik", "MISSING PROGRAM zot", "NO SYSTEMD RUNS HERE")
+NOT_INSTALLABLE = ("MISSING PROGRAM kopia", "MISSING PROGRAM traefik", "MISSING PROGRAM zot", "MISSING PROGRAM prometheus", "NO SYSTEMD RUNS HERE")
 
 
 def read(report: Path) -> tuple[int, int, list[str]]:
