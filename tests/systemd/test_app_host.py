@@ -61,7 +61,7 @@ def test_setup_makes_it_an_app_host_and_a_second_run_changes_nothing(site: Start
     again = site.setup()
     again.must_succeed()
     assert again.changed == {"app-1": 0}, again.output
-    for unit in ("docker", "haproxy", "ssh", "shop", "selfhost-delivery-firewall"):
+    for unit in ("docker", "haproxy", "ssh", "shop", "shop-prune.timer", "selfhost-delivery-firewall"):
         assert (site.machine.unit(unit, "ActiveState"), site.machine.unit(unit, "UnitFileState")) == ("active", "enabled"), unit
     assert site.machine.run("docker", "info", "--format", "{{.LiveRestoreEnabled}} {{.LoggingDriver}}") == "true json-file"
 
@@ -143,6 +143,9 @@ def test_a_promotion_under_load_loses_no_request(site: StarterSite) -> None:
     with site.load() as load:
         site.promote(tag).must_succeed()
     assert load.lost == [] and load.versions == ["sha-first", "sha-second"] and load.sent > 100
+    # Both have their folder: what runs and what a rollback goes to.
+    site.machine.run("systemctl", "start", "shop-prune")
+    assert "no image is left over" in site.machine.run("journalctl", "--unit", "shop-prune", "--no-pager")
 
 
 def _reboots(site: StarterSite, hard: bool, tag: str) -> None:
