@@ -219,6 +219,22 @@ class Engine:
         except EngineNotFound:
             return None
 
+    def images(self) -> list[dict[str, t.Any]]:
+        """``GET /images/json``: all but those that only serve as layers of others."""
+        return self._json("GET", "/images/json", tried="Listing images")
+
+    def remove_image(self, reference: str) -> bool:
+        """Remove a name of an image, and the image with its last name; ``False`` when it is gone already or a container needs it."""
+        try:
+            self._json("DELETE", f"/images/{quote(reference, safe='/:@')}", tried=f"Removing image {reference}")
+        except EngineNotFound:
+            return False
+        except EngineError as exc:
+            if exc.status != 409:
+                raise
+            return False
+        return True
+
     def volumes(self, labels: t.Mapping[str, str | None] | None = None) -> list[dict[str, t.Any]]:
         """Volumes that carry all ``labels``."""
         wanted = [key if value is None else f"{key}={value}" for key, value in (labels or {}).items()]

@@ -17,6 +17,8 @@ description:
   - C(up) starts what the last committed release has running, waits for what the app depends on, and points the edge at the containers,
     which have other addresses after a start. Where a release was cut off before its commit, it brings back what ran before. While a release
     is under way it does nothing. It makes and removes no container.
+  - C(python3 PATH prune DEPLOY_DIR) removes images that releases here have had and no release folder names any more. The current
+    release, the one that a rollback goes to and one that is open have theirs, so their images stay.
   - The role C(app_host) installs it and the systemd units that call it.
 author:
   - selfhost.delivery contributors (@selfhost-delivery)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing as t
@@ -143,3 +144,18 @@ def test_while_a_release_is_under_way_it_keeps_out(site: Site, proxy: Proxy, run
     lock.write_text(json.dumps({**holder, "heartbeat": "2001-01-01T00:00:00.000Z", "expires": timestamp(now + timedelta(hours=1))}))
     run("up")
     assert proxy.get() == "one"
+
+
+def test_it_removes_images_that_no_release_names_any_more(site: Site, run: t.Callable[..., str]) -> None:
+    assert run("prune") == "no release was committed here yet: nothing to remove\n"
+    for name in ("one", "two", "broken"):
+        site.deploy(name)
+    # Of the first release nothing is left but its image, which the database was made of; of `two`, the one before, its folder.
+    images = site.images
+    shutil.rmtree(sorted((site.folder / "releases").glob("*-one"))[0])
+    assert run("prune") == "no image is left over\n", "a container needs it"
+    for container in site.containers("db"):
+        site.engine.remove(container, force=True)
+    assert run("prune") == f"removed {images['one']}\n"
+    assert [site.engine.image(images[name]) is None for name in ("one", "two", "broken")] == [True, False, False]
+    subprocess.run(["docker", "pull", "--quiet", images["one"]], check=True, capture_output=True)

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""What a host does without a controller: bring its app back after a start of machine or engine, and stop it cleanly before.
+"""What a host does without a controller: bring its app back after a start of machine or engine, stop it cleanly before, tidy up.
 
 A start gives containers other addresses, so the edge is pointed anew. Who serves is decided as a release decides it: after the
 commit has begun what is new, before that what ran before. Compose is not asked, and nothing is made or removed.
@@ -28,7 +28,9 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.releases import 
     fold,
     parse_time,
     release_ids,
+    release_path,
 )
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import pinned
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host import Container, Host, await_engine, read_rollout
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import Spec, is_alive
 
@@ -182,10 +184,31 @@ def _stop(host: Host, container: Container) -> None:
     host.engine.stop(container["Id"], given.stop_timeout if given else None, STOP_TIMEOUT)
 
 
+def prune(project_dir: str) -> list[str]:
+    """Remove images that releases here have had and no release folder names any more.
+
+    The folders of the current release, of the one that a rollback goes to, and of one that is open are always there, so their images
+    stay; so does what any container was made of. Images of other repositories are nobody's business here.
+    """
+    with busy(project_dir):
+        release = _deciding_release(project_dir)
+        if release is None:
+            return ["no release was committed here yet: nothing to remove"]
+        ids = {*release_ids(project_dir), current_id(project_dir) or release}
+        files = [os.path.join(release_path(project_dir, one), "deploy.env") for one in ids]
+        named = {value for path in files for value in pinned(path).values() if "@" in value}
+        engine = Host(Spec.from_dict((read_rollout(project_dir, release) or {})["spec"])).engine
+        repositories = {value.partition("@")[0] for value in named}
+        there = [reference for image in engine.images() for reference in image.get("RepoDigests") or ()]
+        doomed = [one for one in there if one.partition("@")[0] in repositories and one not in named]
+        removed = [one for one in doomed if engine.remove_image(one)]
+    return [f"removed {one}" for one in removed] or ["no image is left over"]
+
+
 def main(argv: t.Sequence[str]) -> int:
-    actions = {"up": bring_up, "down": take_down}
+    actions = {"up": bring_up, "down": take_down, "prune": prune}
     if len(argv) != 2 or argv[0] not in actions:
-        print("usage: up|down DEPLOY_DIR", file=sys.stderr)
+        print("usage: up|down|prune DEPLOY_DIR", file=sys.stderr)
         return 2
     try:
         for line in actions[argv[0]](argv[1]):

@@ -68,7 +68,7 @@ class Compose:
         for path in env_files:
             self._argv += ["--env-file", path]
         # Compose lets the caller's environment win over env files: what pins the images must not be overridable.
-        self._env = {**(_pinned(env_files[-1]) if env_files else {}), "COMPOSE_FILE": "", "COMPOSE_PROFILES": ""}
+        self._env = {**(pinned(env_files[-1]) if env_files else {}), "COMPOSE_FILE": "", "COMPOSE_PROFILES": ""}
         self._env.update({"DOCKER_HOST": f"unix://{socket}", MARKER: marker})
 
     @property
@@ -195,7 +195,8 @@ def _create_argv(scales: t.Mapping[str, int]) -> list[str]:
     return [*argv, *scales]
 
 
-def _pinned(path: str) -> dict[str, str]:
+def pinned(path: str) -> dict[str, str]:
+    """What an env file sets; nothing where there is none."""
     try:
         with open(path, encoding="utf-8") as handle:
             lines = handle.read().splitlines()

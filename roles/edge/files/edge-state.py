@@ -7,6 +7,7 @@
 edge-state.py SOCKET save          write both where HAProxy reads them at its start; print the process id of its worker
 edge-state.py SOCKET begin STATE MARKER    before the first start of HAProxy since the machine's: empty all slots; MARKER, in /run,
                                    notes that it was done
+edge-state.py SOCKET check FILE            whether it holds a certificate and the key of it
 edge-state.py SOCKET certificates FILE...  where HAProxy runs with another certificate than is in its file: give it that, without a reload;
                                    print the files it was for
 edge-state.py SOCKET wait [PID]    until HAProxy answers, with another worker than PID; print its process id
@@ -118,6 +119,9 @@ def main(argv):
             print(worker(argv[0]))
         elif argv[1] == "certificates":
             certificates(argv[0], argv[2:])
+        elif argv[1] == "check":
+            # A key with a password would be asked for.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(argv[2], password="")
         elif argv[1] == "begin":
             begin(argv[2], argv[3])
         else:
