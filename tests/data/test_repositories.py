@@ -232,7 +232,7 @@ def test_a_kopia_server(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ENGINES)
 def test_s3(tmp_path: Path, kind: str) -> None:
     server = shutil.which("moto_server")
-    if not server or subprocess.run(["id", "sshd"], capture_output=True, check=False).returncode:
+    if not server:
         pytest.skip("MISSING PROGRAM moto_server: pip install 'moto[server]'; a repository in a bucket is not tested here")
     folder, port = Folder(tmp_path, kind), free_port()
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "s3cr3t-of-the-bucket"}
