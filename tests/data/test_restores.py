@@ -117,13 +117,13 @@ def test_a_set_can_be_restored_to_one_side_before_it_counts(site: Site, monkeypa
     put_together = carried.put_together
 
     def spoiled(tree: str, *arguments: t.Any) -> t.Any:
-        for path in Path(tree).glob("plain"):
+        for path in Path(tree).glob("locked"):
             path.write_bytes(b"spoiled")
         return put_together(tree, *arguments)
 
     # What is younger lies in the copies of the freeze, and these go over what is spoiled.
-    plain = site.data(0) / "plain"
-    until(lambda: time.time_ns() - plain.stat().st_ctime_ns > 3 * 10**9, "its times lying behind")
+    locked = site.data(0) / "locked"
+    until(lambda: time.time_ns() - locked.stat().st_ctime_ns > 3 * 10**9, "its times lying behind")
     monkeypatch.setattr(carried, "put_together", spoiled)
     with pytest.raises(DeliveryError, match="it is not what was stored"):
         site.call("snapshot", set_id="two", verify="restore")
