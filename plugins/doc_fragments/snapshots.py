@@ -32,6 +32,8 @@ options:
   config_dir:
     description:
       - Directory for the private configuration, cache and logs of each repository (0700).
+      - It holds the copies made during a freeze, so it needs room for what changes within a set's taking, and what was seen of each source
+        when it was last stored, so that nothing is read again that has not moved since.
       - It also remembers which repository was seen under O(repository), so that an unmounted disk is not taken for an empty one.
       - These working files may be made in check mode too.
     type: path

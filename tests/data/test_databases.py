@@ -172,7 +172,8 @@ def test_sqlite_is_copied_while_frozen_and_proved_to_be_whole(app: Served) -> No
     until(app.asks(*client, "SELECT count(*) FROM rows"), "the table")
     # Who writes needs the database's volume writable.
     docker("rm", "-f", app.database)
-    script = "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); sqlite3 -cmd '.timeout 10000' /data/app.db \"INSERT INTO rows VALUES ($i)\" && touch /uploads/$i; done"
+    one = "sqlite3 -cmd '.timeout 10000' /data/app.db \"INSERT INTO rows VALUES ($i)\" && touch /uploads/$i"
+    script = f"trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); {one}; done"
     volumes = ("-v", f"{app.volumes[0]}:/data", "-v", f"{app.volumes[1]}:/uploads")
     docker("run", "-d", "--network", "none", "--name", app.database, *volumes, app.image, "sh", "-c", script)
 

@@ -26,7 +26,7 @@ COLLECTIONS = Path(errors.__file__).absolute().parents[5]
 PREFIX = f"snaptest{os.getpid()}"
 PASSWORD = "s3cr3t pa$$'word"
 # A bound for what is asked again and again; never a time that must pass.
-PATIENCE = 60
+PATIENCE = 180
 ENGINES = ("kopia", "restic")
 
 needed = [name for name in ("docker", "busybox", "setfattr", "mount") if not shutil.which(name)]

@@ -67,25 +67,25 @@ class Session:
             env={**os.environ, "DOCKER_HOST": f"unix://{engine.socket}"},
             start_new_session=True,
         )
+        self._input, self._output = t.cast("t.IO[bytes]", self._process.stdin), t.cast("t.IO[bytes]", self._process.stdout)
         self._rest = b""
 
     def ask(self, command: str, timeout: float = 60.0) -> list[str]:
         """The lines it answers."""
         word = secrets.token_hex(8)
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(f"{command}\n{self._end.format(word)}\n".encode())
-            self._process.stdin.flush()
+            self._input.write(f"{command}\n{self._end.format(word)}\n".encode())
+            self._input.flush()
         except BrokenPipeError:
             pass  # why it ended is in what it said
         deadline = time.monotonic() + timeout
         said = self._rest
         with selectors.DefaultSelector() as waiting:
-            waiting.register(self._process.stdout, selectors.EVENT_READ)
+            waiting.register(self._output, selectors.EVENT_READ)
             while word.encode() not in said:
                 if not waiting.select(max(0.0, deadline - time.monotonic())):
                     raise DeliveryError(self._tried, f"no answer within {timeout:g} s", "Look whether it is busy or locked.", "snapshot")
-                block = os.read(self._process.stdout.fileno(), 65536)
+                block = os.read(self._output.fileno(), 65536)
                 if not block:
                     text = said.decode("utf-8", "replace").strip().splitlines()
                     raise DeliveryError(
@@ -102,14 +102,13 @@ class Session:
     def close(self) -> None:
         """End it. A program in a container that froze meanwhile ends when it can."""
         with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
+            self._input.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        self._output.close()
 
 
 class Database:

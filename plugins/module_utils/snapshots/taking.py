@@ -19,13 +19,14 @@ from dataclasses import replace
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import carried, databases, freeze
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import carried, databases, freeze, known
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.delta import Delta, changed_since, checksum, copy_files
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import SnapshotEngine, Stored
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import (
     Entry,
     Scan,
     ctime_is_proof,
+    needs_full_read,
     printable,
     scan,
     sync_file_systems,
@@ -176,6 +177,14 @@ class Taking:
         self.stored: dict[int, Stored] = {}
         self.scans: dict[int, Scan] = {}
         self.deltas: dict[int, Delta] = {}
+        #: When the last sync of the parts' file systems began.
+        self.synced_ns = 0
+        #: The last pass over each part, of an earlier set at first.
+        self.passes: dict[int, known.Pass] = {}
+        for n, part in enumerate(parts):
+            last = known.load(engine.directory, part.source, catalog.stored)
+            if last is not None:
+                self.passes[n] = last
         #: Names that did not move while a live part was read.
         self.settled: dict[int, list[bytes]] = {}
         self.versions = {
@@ -196,19 +205,17 @@ class Taking:
         if not self.still:
             return
         self._make_folder()
-        # A store through a mapping moves the ctime only where a sync began after the page was first written to.
-        began = time.time_ns()
-        sync_file_systems(self.parts[n].source for n in self.still)
-        scans = {n: scan(self.parts[n].source, vanishing=True) for n in self.still}
+        self._sync(self.still)
+        scans = {n: replace(self._scan(n, vanishing=True), started_ns=self.synced_ns) for n in self.still}
         self._refuse_names(scans)
         try:
-            self._store(self.still, moving=True)
+            self._store(self.still, scans, moving=True)
         except DeliveryError as exc:
             if exc.failure_class != "snapshot":
                 self.abandon()
                 raise
         else:
-            self.warm = {n: replace(tree, started_ns=began) for n, tree in scans.items()}
+            self.warm = scans
 
     def abandon(self) -> None:
         """Remove what was stored so far."""
@@ -293,6 +300,8 @@ class Taking:
             raise
         self._close_databases()
         write_json(manifest_path(self.request.manifest_dir, self.request.set_id), manifest)
+        for n, stored in self.stored.items():
+            known.save(self.engine.directory, self.parts[n].source, stored.root, self.passes[n])
         return manifest
 
     def _identify(self) -> None:
@@ -316,13 +325,30 @@ class Taking:
             os.makedirs(self.folder, mode=0o700)
             self.engine.prepare([*(part.source for part in self.parts), self.folder])
 
-    def _store(self, numbers: t.Sequence[int], moving: bool, full: bool | None = None) -> list[Stored]:
-        """One pass of the engine over some parts; all files are read where it could miss a change."""
+    def _sync(self, numbers: t.Sequence[int]) -> None:
+        """A page that was written to through a mapping moves the ctime again only after a sync; so what moved since the last one began
+        has to be read again."""
+        self.synced_ns = time.time_ns()
+        sync_file_systems(self.parts[n].source for n in numbers)
+
+    def _scan(self, number: int, vanishing: bool) -> Scan:
+        last = self.passes.get(number)
+        return scan(self.parts[number].source, last.scan if last else None, vanishing=vanishing)
+
+    def _store(self, numbers: t.Sequence[int], scans: t.Mapping[int, Scan], moving: bool) -> list[Stored]:
+        """One pass of the engine over some parts, just scanned; all files are read where it could miss a change."""
         sources = [self.parts[n].source for n in numbers]
-        if full is None:
-            full = not self.engine.sees_every_change or not all(ctime_is_proof(source) for source in sources)
+        by_ctime = self.engine.sees_every_change
+        full = False
+        for n in numbers:
+            last = self.passes.get(n)
+            if last is not None:
+                full = full or needs_full_read(last.scan, scans[n], last.end_ns, by_ctime)
+            else:
+                full = full or not by_ctime or not ctime_is_proof(self.parts[n].source)
         limit = self.request.freeze_timeout * (10 if moving else 1)
         stored = self.engine.snapshot(sources, self.tags, full, limit, moving)
+        self.passes.update({n: known.Pass(replace(scans[n], started_ns=self.synced_ns), time.time_ns()) for n in numbers})
         self.made += stored
         self.stored.update(zip(numbers, stored))
         return stored
@@ -331,9 +357,11 @@ class Taking:
         """Store parts that go on moving; what did not move can be compared at a restore all the same."""
         if not numbers:
             return
-        before = {n: scan(self.parts[n].source, vanishing=True) for n in numbers}
+        if numbers is self.live:
+            self._sync(numbers)
+        before = {n: self._scan(n, vanishing=True) for n in numbers}
         self._refuse_names(before)
-        for n, one in zip(numbers, self._store(numbers, moving=True)):
+        for n, one in zip(numbers, self._store(numbers, before, moving=True)):
             after = scan(self.parts[n].source, before[n], vanishing=True)
             left_out = set(one.skipped)
             names = [path for path in before[n].settled(after) if path not in left_out]
@@ -365,9 +393,11 @@ class Taking:
                     self._refuse_move(n, now[n], scan(self.parts[n].source, now[n], contents=False))
                 self.scans.update(now)
                 return
-        before = {n: scan(self.parts[n].source, self.warm.get(n)) for n in self.still}
+        if not self.held:
+            self._sync(self.still)
+        before = {n: self._scan(n, vanishing=False) for n in self.still}
         self._refuse_names(before)
-        for n, one in zip(self.still, self._store(self.still, moving=False)):
+        for n, one in zip(self.still, self._store(self.still, before, moving=False)):
             self._refuse_move(n, before[n], scan(self.parts[n].source, contents=False))
             self.scans[n] = before[n]
             self.stored[n] = one

@@ -417,6 +417,17 @@ class TestDelta:
         for path, entry in wanted.entries.items():
             assert entry.mtime_ns == found.entries[path].mtime_ns, path
 
+    def test_a_hard_link_whose_first_name_moved_with_its_directory(self, tree: Path, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            (tree / name).mkdir()
+        (tree / "a" / "one").write_text("content")
+        os.link(tree / "a" / "one", tree / "b" / "two")
+        later = time.time_ns() + 10 * scanning._RACY_NS
+        before = replace(scan(str(tree)), started_ns=later)
+        (tree / "a").rename(tree / "c")
+        now = scan(str(tree), before, contents=False)
+        assert {b"b/two", b"c/one"} <= set(delta.changed_since(before, now, True))
+
     def test_a_file_that_moves_while_it_is_copied_is_refused(self, tree: Path, tmp_path: Path) -> None:
         now = scan(str(tree), contents=False)
         (tree / "dir" / "f").write_text("later")
