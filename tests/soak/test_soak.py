@@ -445,6 +445,7 @@ def test_every_rollout_ends_in_one_of_two_ways(site: Site, proxy: Proxy, engine:
                 raise
             print(f"{number:4d}  {time.monotonic() - begun:5.1f} s  {told}", flush=True)
     seconds = time.monotonic() - started
-    print(f"{rollouts} rollouts in {seconds:.0f} s, {soak.sent} requests; {soak.lost} lost, each on what had died under it; {soak.moved} times the edge had to be told new addresses:")
+    print(f"{rollouts} rollouts in {seconds:.0f} s, {soak.sent} requests; {soak.lost} lost, each on what had died under it;")
+    print(f"{soak.moved} times the edge had to be told new addresses:")
     for end, times in sorted(soak.ends.items()):
         print(f"  {times:4d}  {end}")
