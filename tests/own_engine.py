@@ -31,6 +31,7 @@ class OwnEngine:
         self.live_restore = live_restore
         self.socket = f"{folder}/s"
         self._process: subprocess.Popen[bytes] | None = None
+        self._network = f"10.{214 + os.getpid() % 32}"
         self._bridges: set[str] = set()
         folder.mkdir()
 
@@ -40,8 +41,8 @@ class OwnEngine:
 
     def start(self) -> None:
         argv = ["dockerd", "--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/run", "--pidfile", f"{self.folder}/pid"]
-        argv += ["--host", f"unix://{self.socket}", "--bridge=none", "--iptables=false", "--ip6tables=false"]
-        argv += ["--default-address-pool", f"base=10.{214 + os.getpid() % 32}.0.0/16,size=24"]
+        argv += ["--host", f"unix://{self.socket}", f"--bridge={self._bridge()}", "--iptables=false", "--ip6tables=false"]
+        argv += ["--default-address-pool", f"base={self._network}.0.0/16,size=24"]
         argv += ["--live-restore"] * self.live_restore
         (self.folder / "pid").unlink(missing_ok=True)  # of one that was killed; its number may be another program's by now
         with open(self.folder / "log", "ab") as log:
@@ -50,6 +51,15 @@ class OwnEngine:
         while not self.answers():
             assert self._process.poll() is None and time.monotonic() < deadline, f"dockerd does not start:\n{self.last_words()}"
             time.sleep(0.02)
+
+    def _bridge(self) -> str:
+        """One of its own: an engine that is told to have none takes docker0 away from the engine of this machine."""
+        name = f"own{os.getpid()}"
+        if name not in os.listdir("/sys/class/net"):
+            subprocess.run(["ip", "link", "add", name, "type", "bridge"], check=True)
+            subprocess.run(["ip", "address", "add", f"{self._network}.255.1/24", "dev", name], check=True)
+        self._bridges.add(name)
+        return name
 
     def answers(self) -> bool:
         try:
