@@ -15,7 +15,10 @@ options:
   repository:
     description:
       - Where the snapshots are kept.
-      - An absolute path, or for Kopia V(s3://bucket/prefix?endpoint=…&region=…), or for restic whatever restic takes.
+      - An absolute path, or for restic whatever restic takes, or for Kopia V(s3://bucket/prefix?endpoint=…&region=…&tls=false),
+        V(b2://bucket/prefix), V(sftp://user@host:22/path?keyfile=…&known_hosts=…), V(webdav://host/path), or
+        V(kopia://host:port?fingerprint=…) for a Kopia server.
+      - Secrets of such a place belong into O(env), never into the URL.
     type: str
     required: true
   password:
@@ -39,6 +42,16 @@ options:
   env:
     description: More environment variables for the program, such as the keys of a bucket. Taken for secret.
     type: dict
+  read_only:
+    description: Open the repository without writing to it, as a drill does. Whatever must write is refused.
+    type: bool
+    default: false
+  cache_mb:
+    description:
+      - Megabytes of contents that Kopia keeps on the host for this repository, set when it connects. The default is V(0) for one on a
+        file system, where a cache makes a restore slower, and V(64) for others.
+      - restic has no limit; V(0) turns its cache off.
+    type: int
   repository_id:
     description: Fail unless the repository has this id, as RV(repository_id) returned it.
     type: str

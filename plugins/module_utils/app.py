@@ -20,6 +20,8 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.errors import De
 READY_KINDS = ("http", "tcp", "grpc", "command", "log")
 STRATEGIES = ("auto", "start_first", "stop_first", "blue_green", "canary")
 CONSISTENCIES = ("none", "pause", "stop", "hooks")
+#: And what a single volume can have: the database that keeps its files there.
+VOLUME_CONSISTENCIES = (*CONSISTENCIES, "postgresql", "mysql", "redis", "sqlite")
 RESTORE_POLICIES = ("auto", "always", "never")
 MIGRATION_KINDS = ("compatible", "breaking")
 
@@ -85,11 +87,13 @@ class Migrator:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """``hooks``: ``{container, before, after}``, the last two a program and its arguments."""
+    """``hooks``: ``{container, before, after}``, the last two a program and its arguments. ``volume_options``: ``{consistency, service}``
+    of those volumes that differ."""
 
     consistency: str
     paths: list[str]
     hooks: list[dict[str, t.Any]]
+    volume_options: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -436,6 +440,7 @@ def _read(top: _Section, environment: str) -> App:
     images = _read_images(top)
     services = _read_services(top, images)
     migrator = _read_migrator(top, images, services)
+    volumes, volume_options = _read_volumes(top)
     return App(
         name=name,
         environment=environment,
@@ -446,8 +451,8 @@ def _read(top: _Section, environment: str) -> App:
         services=services,
         order=_read_order(top, list(services)),
         migrator=migrator,
-        volumes=_read_volumes(top),
-        snapshot=_read_snapshot(top),
+        volumes=volumes,
+        snapshot=_read_snapshot(top, volume_options),
         routes=_read_routes(top, services),
         public=_read_public(top),
         policies=_read_policies(top, environment),
@@ -715,17 +720,34 @@ def _read_migrator(top: _Section, images: t.Mapping[str, Image], services: t.Map
     return Migrator(service, image, section.number("timeout", 300, least=1))
 
 
-def _read_volumes(top: _Section) -> list[str] | None:
-    if "volumes" not in top.raw:
-        return None
-    volumes = top.texts("volumes")
-    for index, name in enumerate(volumes):
-        if not _SERVICE.fullmatch(name):
-            top.problem(f"volumes[{index}]", f"{name!r} is no volume name; folders go into delivery_app.snapshot.paths")
-    return volumes
+def _read_volumes(top: _Section) -> tuple[list[str] | None, dict[str, dict[str, str]]]:
+    """Names of the volumes, ``None`` for all, and what is said of single ones: an entry is a name, or a map with one."""
+    raw = top.raw.get("volumes")
+    if not isinstance(raw, list):
+        return (top.texts("volumes") if "volumes" in top.raw else None), {}
+    names: list[str] = []
+    options: dict[str, dict[str, str]] = {}
+    for index, item in enumerate(raw):
+        key = f"volumes[{index}]"
+        name = item
+        if isinstance(item, t.Mapping):
+            section = _Section(top.problems, f"{top.path}.{key}", item, ("name", "consistency", "service"))
+            name = section.text("name")
+            consistency = section.choice("consistency", VOLUME_CONSISTENCIES, "") if "consistency" in section.raw else ""
+            service = section.text("service") if "service" in section.raw else ""
+            options[name] = {key: value for key, value in (("consistency", consistency), ("service", service)) if value}
+        elif not isinstance(item, str) or not item:
+            top.problem(key, f"must be text or a map, is {_kind(item)}" if item != "" else "must not be empty")
+            continue
+        if name in names:
+            top.problem(key, f"{name!r} is there twice")
+        elif name and not _SERVICE.fullmatch(name):
+            top.problem(key, f"{name!r} is no volume name; folders go into delivery_app.snapshot.paths")
+        names.append(name)
+    return names, {name: said for name, said in options.items() if said}
 
 
-def _read_snapshot(top: _Section) -> Snapshot:
+def _read_snapshot(top: _Section, volume_options: dict[str, dict[str, str]]) -> Snapshot:
     section = top.section("snapshot", ("consistency", "paths", "hooks"))
     consistency = section.choice("consistency", CONSISTENCIES, "pause")
     hooks = []
@@ -734,11 +756,12 @@ def _read_snapshot(top: _Section) -> Snapshot:
             one.problem("before", "is required, or after")
         container = one.text("container", None, _SERVICE, "is no container name")
         hooks.append({"container": container, "before": one.command("before"), "after": one.command("after")})
-    if hooks and consistency != "hooks":
+    wanted = {consistency, *(one.get("consistency") for one in volume_options.values())}
+    if hooks and "hooks" not in wanted:
         section.problem("hooks", f"are only run with consistency: hooks, which is {consistency}")
-    if consistency == "hooks" and not section.raw.get("hooks"):
+    if "hooks" in wanted and not section.raw.get("hooks"):
         section.problem("hooks", "is required with consistency: hooks")
-    return Snapshot(consistency, section.texts("paths"), hooks)
+    return Snapshot(consistency, section.texts("paths"), hooks, volume_options)
 
 
 def _read_drill(top: _Section) -> Drill:

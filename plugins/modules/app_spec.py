@@ -105,10 +105,12 @@ routes:
   elements: dict
   sample: [{service: web, host: shop.example.com, port: 8080}]
 snapshot:
-  description: How the data is kept; C(volumes) is null for every named volume of the project.
+  description:
+    - How the data is kept; C(volumes) is null for every named volume of the project.
+    - C(volume_options) has the consistency and service of single ones, as M(selfhost.delivery.kopia_snapshot) takes them.
   returned: success
   type: dict
-  sample: {consistency: pause, paths: [], hooks: [], volumes: null}
+  sample: {consistency: pause, paths: [], hooks: [], volume_options: {pgdata: {consistency: postgresql}}, volumes: [pgdata, uploads]}
 public_check:
   description:
     - A check for M(selfhost.delivery.ready_wait) on the public route, null when the app has none.

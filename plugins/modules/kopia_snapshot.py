@@ -15,8 +15,9 @@ author: selfhost.delivery contributors (@selfhost-delivery)
 description:
   - Takes all given volumes and paths at one moment under one id.
   - The set counts only once its manifest is written, which is last.
-  - With O(consistency=pause) most data is stored while the app runs; then every running container that mounts one of
-    the volumes or paths read-write, of whatever project, is paused for what changed since.
+  - With O(consistency=pause) the data is stored while the app runs; then every running container that mounts one of
+    the volumes or paths read-write, of whatever project, is paused while the files that changed since are copied.
+    Only where there is no room for these copies beside O(config_dir) does the engine itself read them in the pause.
   - A process of its own thaws them when the module dies.
   - A complete set of the same id is left as it is. Whatever a broken run left under the id is removed first.
   - What Kopia itself does not keep (extended attributes, ACLs, hard links, FIFOs and devices, times of directories) goes beside it
@@ -45,7 +46,7 @@ options:
     type: path
     required: true
   volumes:
-    description: Names of Docker volumes of the driver local.
+    description: Names of Docker volumes of the driver local. With O(paths) also empty, everything of O(project).
     type: list
     elements: str
     default: []
@@ -54,6 +55,27 @@ options:
     type: list
     elements: path
     default: []
+  project:
+    description:
+      - A Compose project. The keys of O(volume_options) may then be volumes as its Compose file calls them.
+      - With neither O(volumes) nor O(paths), the set holds all its volumes, external and unnamed ones too, and the host paths that its
+        containers mount, without those of the system.
+    type: str
+    default: ''
+  volume_options:
+    description:
+      - How single volumes or paths are taken, by their name, or by that of the volume in the Compose file. Each is a map of
+        C(consistency) and C(service).
+      - C(consistency) is one of O(consistency) or a database. V(postgresql) is read while it runs, between the start and stop of its
+        backup API, with the log of that time. V(redis) forks a dump at the moment of the set. Neither is held still.
+        V(mysql), MariaDB as well, locks and closes what is not transactional, and is paused.
+        V(sqlite) is paused, and a copy of each database is recovered and checked.
+      - A database is asked with the client program in its container and the account in its environment, C(POSTGRES_USER),
+        C(POSTGRES_PASSWORD), C(MARIADB_ROOT_PASSWORD), C(MYSQL_ROOT_PASSWORD), C(REDIS_PASSWORD) or the same with C(_FILE).
+        It is in the only running container that writes to the volume, or in the one of C(service), which may be a container's name too.
+        Where none runs, its files are at rest and taken as they are.
+    type: dict
+    default: {}
   metadata:
     description:
       - Anything to be found in the manifest again.
@@ -92,9 +114,13 @@ options:
         elements: str
         default: []
   verify:
-    description: Read every byte of the set back from the repository before it counts.
-    type: bool
-    default: true
+    description:
+      - V(repository) reads every byte of the set back from the repository before it counts.
+      - V(restore) restores it to one side, beside O(config_dir), and compares it.
+      - V(none) trusts the repository.
+    type: str
+    choices: [none, repository, restore]
+    default: repository
   freeze_timeout:
     description: Seconds that the containers may be held still at most; the set fails when it takes longer.
     type: int
@@ -125,6 +151,16 @@ EXAMPLES = r"""
     volumes: [shop_pgdata, shop_uploads]
     paths: [/opt/shop/.env.production]
     metadata: {app: shop, tag: sha-4f2a91c}
+
+- name: Snapshot everything of a project, its PostgreSQL without holding it
+  selfhost.delivery.kopia_snapshot:
+    repository: /var/backups/shop
+    password_file: /etc/selfhost-delivery/snapshots.password
+    manifest_dir: /opt/shop/snapshots
+    set_id: manual-20261121-090000
+    project: shop
+    volume_options:
+      pgdata: {consistency: postgresql, service: db}
 """
 
 RETURN = r"""
@@ -177,8 +213,11 @@ parts:
     stable:
       description: Whether nothing changed while it was read.
       type: bool
+    consistency:
+      description: How it was taken.
+      type: str
 freeze_seconds:
-  description: How long the containers were held still.
+  description: From the first hold, or hook, to the last release.
   type: float
   returned: success
 containers:
@@ -186,6 +225,19 @@ containers:
   type: list
   elements: dict
   returned: when the set did not exist
+  contains:
+    name:
+      description: Name of the container.
+      type: str
+    action:
+      description: V(pause) or V(stop).
+      type: str
+    found:
+      description: The state it had; outside check mode.
+      type: str
+    freeze_ms:
+      description: Milliseconds from the call that held it to the end of the one that let it go; outside check mode.
+      type: int
 estimate:
   description: C(bytes), C(new_bytes) since the last set, and C(free_bytes) of the repository.
   type: dict

@@ -23,7 +23,7 @@ attributes:
   check_mode:
     support: full
   diff_mode:
-    support: none
+    support: full
   idempotent:
     support: full
 options:
@@ -31,9 +31,22 @@ options:
     description:
       - V(present) creates the repository when the place is empty.
       - V(connected) fails when there is none.
+      - V(disconnected) removes what this host has of it under O(config_dir), its memory of the id too. The repository stays.
     type: str
-    choices: [present, connected]
+    choices: [present, connected, disconnected]
     default: present
+  new_password:
+    description:
+      - Change the password to this one; O(password) or O(password_file) is the one before. Nothing changes where it is the new one already.
+      - Every other host and file with the old one must be given the new one.
+    type: str
+  new_password_file:
+    description: File on the host with the new password, as O(password_file).
+    type: path
+  maintenance_owner:
+    description: Have this host do the maintenance of a Kopia repository that several share. restic has none.
+    type: bool
+    default: false
 seealso:
   - module: selfhost.delivery.kopia_repository
 """
@@ -51,6 +64,12 @@ EXAMPLES = r"""
     password_file: /etc/selfhost-delivery/snapshots.password
     repository_id: "{{ known_repository_id }}"
     state: connected
+
+- name: Give it another password
+  selfhost.delivery.restic_repository:
+    repository: /var/backups/shop
+    password_file: /etc/selfhost-delivery/snapshots.password
+    new_password_file: /etc/selfhost-delivery/snapshots.password.new
 """
 
 RETURN = r"""
@@ -63,6 +82,12 @@ free_bytes:
   description: Free space of a repository on this host's file systems; null for others.
   type: int
   returned: success
+diff:
+  description:
+    - What is set in the repository before and after, as far as this module sets it. With Kopia its global policy, with which nothing is
+      left out of a snapshot or expires by itself, and the owner of its maintenance.
+  type: dict
+  returned: success
 engine_version:
   description: What the program says of itself.
   type: str
@@ -72,12 +97,12 @@ engine_version:
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.api import COMMON, REPOSITORY_ARGUMENTS, repository
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.api import REPOSITORY_ARGUMENTS, REPOSITORY_COMMON, repository
 
 
 def main() -> None:
     """Entry point of the module."""
-    module = AnsibleModule(argument_spec=REPOSITORY_ARGUMENTS, **COMMON)
+    module = AnsibleModule(argument_spec=REPOSITORY_ARGUMENTS, **REPOSITORY_COMMON)
     try:
         result = repository("restic", module.params, module.check_mode)
     except DeliveryError as exc:

@@ -62,6 +62,53 @@ options:
     type: str
     choices: [restart, leave_stopped]
     default: restart
+  project:
+    description:
+      - Give the volumes of the set to this Compose project instead, with its name before theirs; they are made where there are none.
+      - Paths of the set then need O(target).
+    type: str
+    default: ''
+  target:
+    description:
+      - Directory below which the set is written instead, as C(volumes/<name>) and C(paths/<path>). Nothing is replaced and nobody stopped.
+      - Together with O(project) this is about the paths only.
+    type: path
+  checks:
+    description:
+      - Programs that look at the copies before anything is replaced. One that does not end with 0 ends the restore.
+      - Each runs in a container of its own, without network, on an overlay over the copy, so it may start the database there;
+        what it writes is thrown away.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      name:
+        description: Name of the volume, as in the set or in the Compose file, or the path.
+        type: str
+        required: true
+      image:
+        description: Image of the container, which the host must have.
+        type: str
+        required: true
+      command:
+        description: Program and arguments.
+        type: list
+        elements: str
+        required: true
+      mount:
+        description: Where the container finds the copy.
+        type: str
+        required: true
+      user:
+        description: User of the program.
+        type: str
+      env:
+        description: Environment variables. Taken for secret.
+        type: dict
+      timeout:
+        description: Seconds it may take.
+        type: int
+        default: 600
   stop_timeout:
     description: Seconds that a container has to stop before it is killed.
     type: int
@@ -89,6 +136,22 @@ EXAMPLES = r"""
     manifest_dir: /opt/shop/snapshots
     set_id: latest
   check_mode: true
+
+- name: Restore the newest set for a project of its own, and see whether PostgreSQL starts on it
+  selfhost.delivery.restic_restore:
+    repository: /var/backups/shop
+    password_file: /etc/selfhost-delivery/snapshots.password
+    manifest_dir: /opt/shop/snapshots
+    set_id: latest
+    project: shop-drill
+    target: /var/tmp/shop-drill
+    keep_current: false
+    checks:
+      - name: pgdata
+        image: postgres:16
+        mount: /var/lib/postgresql/data
+        user: postgres
+        command: [sh, -c, "pg_ctl -D /var/lib/postgresql/data -w -t 300 start && pg_ctl -D /var/lib/postgresql/data -w stop"]
 """
 
 RETURN = r"""
@@ -109,6 +172,11 @@ restored:
   description: Parts that were, or would be, replaced; empty when the live data is already that of the set.
   type: list
   elements: dict
+  returned: success
+checked:
+  description: Parts whose O(checks) were content.
+  type: list
+  elements: str
   returned: success
 replaced_set_id:
   description: Id of the set that holds what was replaced; empty when there was nothing.

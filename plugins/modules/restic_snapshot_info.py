@@ -92,8 +92,24 @@ sets:
     files:
       description: Number of all files.
       type: int
+    age_seconds:
+      description: Seconds since it was taken, by the clock of the host; null for a set without manifest.
+      type: int
+    seconds:
+      description: How long its taking lasted, without reading it back.
+      type: float
+    new_bytes:
+      description: Bytes that the repository grew by, as far as they are known.
+      type: int
+    freeze_seconds:
+      description: From the first hold to the last release.
+      type: float
+    containers:
+      description: Who was held still, as RV(selfhost.delivery.restic_snapshot#module:containers).
+      type: list
+      elements: dict
     parts:
-      description: C(kind), C(name), C(files), C(bytes), C(digest) and C(stable) of each part.
+      description: C(kind), C(name), C(files), C(bytes), C(digest), C(stable) and C(consistency) of each part.
       type: list
       elements: dict
 """

@@ -20,38 +20,16 @@ import typing as t
 from pathlib import Path
 
 import pytest
+import snapshot_fixture
+from snapshot_fixture import BACKUP, COLLECTIONS, ENGINES, IN_WINDOW, MARKS, PASSWORD, Site, docker, hold_program, until
 
-from ansible_collections.selfhost.delivery.plugins.module_utils import engine, errors
+from ansible_collections.selfhost.delivery.plugins.module_utils import engine
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import api, freeze
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import freeze, taking
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import scan
 
-COLLECTIONS = Path(errors.__file__).absolute().parents[5]
-PREFIX = f"snaptest{os.getpid()}"
-PASSWORD = "s3cr3t pa$$'word"
-# A bound for what is asked again and again; never a time that must pass.
-PATIENCE = 60
-ENGINES = ("kopia", "restic")
-
-needed = [name for name in ("docker", "busybox", "setfattr", "mount") if not shutil.which(name)]
-pytestmark = [
-    pytest.mark.skipif(bool(needed), reason=f"MISSING PROGRAM {' '.join(needed)}: apt-get install busybox-static attr mount"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="NOT ROOT: volumes, owners and mounts need root"),
-]
-
-#: Runs one function of api.py in a process of its own, with a warm pass however little there is; SETUP may first put a fault in.
-RUNNER = """
-import json, os, signal, sys
-from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import api, restore, sets
-what, kind, params, setup = json.loads(sys.stdin.read())
-sets.WARM_FROM = 0
-exec(setup)
-try:
-    print(json.dumps(getattr(api, what)(kind, params, False)))
-except DeliveryError as exc:
-    print(json.dumps({"failed": True, **exc.as_result()}))
-"""
+pytestmark = MARKS
+image, site, one_site = snapshot_fixture.image, snapshot_fixture.site, snapshot_fixture.one_site
 
 #: Kills the process at its STEP-th step of a restore that counts: a note in the journal or an exchange.
 KILL_AT = """
@@ -72,209 +50,6 @@ restore._Restoring._note = counted(restore._Restoring._note, lambda self, phase:
 if GUARD_TOO:
     restore._recover_patiently = lambda *arguments: None
 """
-
-
-def docker(*argv: str) -> str:
-    return subprocess.run(["docker", *argv], check=True, capture_output=True, text=True).stdout.strip()
-
-
-def until(question: t.Callable[[], t.Any], what: str) -> t.Any:
-    """Ask again and again until the answer is true."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        answer = question()
-        if answer:
-            return answer
-        time.sleep(0.05)
-    raise AssertionError(f"never seen: {what}")
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[str]:
-    root = tmp_path_factory.mktemp("image")
-    (root / "bin").mkdir()
-    shutil.copy(t.cast(str, shutil.which("busybox")), root / "bin" / "busybox")
-    (root / "bin" / "sh").symlink_to("busybox")
-    packed = subprocess.run(["tar", "-C", str(root), "-c", "."], check=True, capture_output=True).stdout
-    name = f"{PREFIX}:1"
-    subprocess.run(["docker", "import", "-", name], input=packed, check=True, capture_output=True)
-    yield name
-    subprocess.run(["docker", "rmi", "-f", name], check=False, capture_output=True)
-
-
-class Site:
-    """An app with two volumes, a config file and a writer, and one repository."""
-
-    def __init__(self, root: Path, kind: str, image: str, name: str) -> None:
-        self.root, self.kind, self.name = root, kind, name
-        self.volumes = [f"{name}-a", f"{name}-b"]
-        self.writer = f"{name}-writer"
-        self.manifests = root / "manifests"
-        self.config = root / "app" / ".env.production"
-        self.config.parent.mkdir()
-        self.config.write_text("SECRET=one\n")
-        self.config.chmod(0o640)
-        for volume in self.volumes:
-            docker("volume", "create", volume)
-        self.fill()
-        # As init it would ignore SIGTERM, so it asks for it.
-        script = (
-            "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo $i > /a/n.tmp; busybox mv /a/n.tmp /a/n; echo $i > /b/n.tmp; "
-            "busybox mv /b/n.tmp /b/n; busybox sleep 0.02; done"
-        )
-        mounts = ["-v", f"{self.volumes[0]}:/a", "-v", f"{self.volumes[1]}:/b"]
-        docker("run", "-d", "--name", self.writer, "-e", "PATH=/bin", *mounts, image, "/bin/sh", "-c", script)
-        until(lambda: (self.data(0) / "n").exists() and (self.data(1) / "n").exists(), "the writer's first files")
-
-    def data(self, number: int) -> Path:
-        return Path(docker("volume", "inspect", "--format", "{{.Mountpoint}}", self.volumes[number]))
-
-    def fill(self) -> None:
-        """Everything an engine could lose."""
-        a, b = self.data(0), self.data(1)
-        (a / "dir").mkdir()
-        (a / "dir" / "inner").write_text("inner")
-        os.chown(a / "dir", 70, 71)
-        os.chmod(a / "dir", 0o2750)
-        (a / "plain").write_bytes(os.urandom(200_000))
-        os.chown(a / "plain", 1000, 1001)
-        os.chmod(a / "plain", 0o4711)
-        os.link(a / "plain", a / "hard")
-        (a / "link").symlink_to("/etc/passwd")
-        os.mkfifo(a / "fifo", 0o620)
-        os.mknod(a / "zero", stat.S_IFCHR | 0o606, os.makedev(1, 5))
-        subprocess.run(["setfattr", "-n", "user.note", "-v", "kept", str(a / "dir" / "inner")], check=True)
-        (a / ".kopiaignore").write_text("*\n")
-        (a / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55")
-        (a / "space and ünicode\nnewline").write_text("x")
-        (a / "locked").write_text("nobody")
-        os.chmod(a / "locked", 0)
-        os.chown(a, 70, 70)
-        os.chmod(a, 0o1700)
-        (b / "empty").mkdir()
-        (b / "zero-bytes").touch()
-
-    def params(self, what: str, **more: t.Any) -> dict[str, t.Any]:
-        spec = {
-            "repository": api.REPOSITORY_ARGUMENTS,
-            "snapshot": api.SNAPSHOT_ARGUMENTS,
-            "restore": api.RESTORE_ARGUMENTS,
-            "info": api.INFO_ARGUMENTS,
-        }[what]
-        mine = {
-            "repository": str(self.root / "repository"),
-            "config_dir": str(self.root / "engine"),
-            "password": PASSWORD,
-            "manifest_dir": str(self.manifests),
-            "stop_timeout": 5,
-        }
-        if what == "snapshot":
-            mine.update(volumes=self.volumes, paths=[str(self.config)], metadata={"app": self.name})
-        return {key: {**mine, **more}.get(key, option.get("default")) for key, option in spec.items()}
-
-    def call(self, what: str, check_mode: bool = False, **more: t.Any) -> dict[str, t.Any]:
-        return getattr(api, what)(self.kind, self.params(what, **more), check_mode)
-
-    def start(self, what: str, setup: str = "", **more: t.Any) -> subprocess.Popen[str]:
-        """The same in a process of its own, as a module is."""
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(COLLECTIONS)},
-        )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps([what, self.kind, self.params(what, **more), setup]))
-        process.stdin.close()
-        process.stdin = None
-        return process
-
-    def state(self, container: str = "") -> str:
-        return docker("inspect", "--format", "{{.State.Status}}", container or self.writer)
-
-    def trees(self) -> list[dict[bytes, t.Any]]:
-        """What a restore must bring back, exactly, with mtimes of files."""
-        found = []
-        for place in (self.data(0), self.data(1), self.config):
-            entries = scan(str(place)).entries.values()
-            found.append({one.path: [*one.identity(), one.mtime_ns if one.kind == "file" else 0] for one in entries})
-        return found
-
-    def leftovers(self) -> list[str]:
-        found = [str(p) for p in self.manifests.glob(".*") if p.name != ".lock"] if self.manifests.exists() else []
-        found += [str(p) for n in (0, 1) for p in self.data(n).parent.iterdir() if p.name != "_data"]
-        found += [str(p) for p in self.config.parent.iterdir() if p != self.config]
-        return found + list((self.root / "engine").glob("*/manifests/*"))
-
-    def sets(self) -> dict[str, bool]:
-        return {one["set_id"]: one["complete"] for one in self.call("info")["sets"]}
-
-    def quiet(self) -> list[dict[bytes, t.Any]]:
-        """Stop the writer, so that a set can be compared with what is there."""
-        docker("stop", "-t", "5", self.writer)
-        return self.trees()
-
-    def damage(self) -> None:
-        a = self.data(0)
-        (a / "plain").write_bytes(b"damaged")
-        shutil.rmtree(a / "dir")
-        (a / "link").unlink()
-        (a / "new").write_text("new")
-        os.chmod(a, 0o755)
-        self.config.write_text("SECRET=two\n")
-
-    def remove(self) -> None:
-        subprocess.run(["docker", "rm", "-f", self.writer], check=False, capture_output=True)
-        subprocess.run(["docker", "volume", "rm", "-f", *self.volumes], check=False, capture_output=True)
-
-
-#: A new repository of each engine; a copy of it costs less than the next new one.
-_EMPTY: dict[str, Path] = {}
-
-
-def make_site(tmp_path: Path, kind: str, image: str, request: pytest.FixtureRequest) -> Site:
-    if not shutil.which(kind):
-        pytest.skip(f"MISSING PROGRAM {kind}: the {kind} engine is not tested here")
-    site = Site(tmp_path, kind, image, f"{PREFIX}-{kind}-{abs(hash(request.node.name)) % 100000}")
-    request.addfinalizer(site.remove)
-    if kind not in _EMPTY:
-        site.call("repository", state="present")
-        _EMPTY[kind] = Path(shutil.copytree(site.root / "repository", tmp_path.parent / f"empty-{kind}"))
-    else:
-        shutil.copytree(_EMPTY[kind], site.root / "repository")
-        site.call("repository", state="connected")
-    return site
-
-
-@pytest.fixture(params=ENGINES)
-def site(request: pytest.FixtureRequest, tmp_path: Path, image: str) -> Site:
-    return make_site(tmp_path, request.param, image, request)
-
-
-@pytest.fixture
-def one_site(request: pytest.FixtureRequest, tmp_path: Path, image: str) -> Site:
-    """For what does not depend on the engine: the first that is here."""
-    return make_site(tmp_path, next(kind for kind in ENGINES if shutil.which(kind) or kind == "restic"), image, request)
-
-
-def hold_program(site: Site, command: str, nth: int) -> tuple[Path, Path]:
-    """A program that is the engine, but stands still at its n-th COMMAND and says so with its pid in a file."""
-    reached, wrapper = site.root / "reached", site.root / "wrapped-engine"
-    wrapper.write_text(
-        f"""#!/bin/sh
-case "$*" in *"{command}"*)
-  n=$(($(cat {site.root}/count 2>/dev/null || echo 0) + 1)); echo $n > {site.root}/count
-  if [ $n = {nth} ]; then echo $$ > {reached}.part; mv {reached}.part {reached}; exec sleep 1000; fi;;
-esac
-exec {shutil.which(site.kind)} "$@"
-"""
-    )
-    wrapper.chmod(0o755)
-    return wrapper, reached
-
-
-BACKUP = {"kopia": "snapshot create", "restic": "backup --json"}
 
 
 def test_a_set_comes_back_byte_for_byte_and_what_it_replaces_is_kept(site: Site) -> None:
@@ -310,8 +85,8 @@ def test_a_set_comes_back_byte_for_byte_and_what_it_replaces_is_kept(site: Site)
 
 def test_a_pause_holds_all_volumes_at_one_moment_and_gives_back_the_states_found(site: Site, image: str) -> None:
     resting = f"{site.name}-resting"
-    docker("create", "--name", resting, "-v", f"{site.volumes[0]}:/a", image, "/bin/sh")
-    docker("run", "-d", "--name", f"{resting}2", "-v", f"{site.volumes[0]}:/a", image, "/bin/busybox", "sleep", "1000")
+    docker("create", "--network", "none", "--name", resting, "-v", f"{site.volumes[0]}:/a", image, "/bin/sh")
+    docker("run", "-d", "--network", "none", "--name", f"{resting}2", "-v", f"{site.volumes[0]}:/a", image, "/bin/busybox", "sleep", "1000")
     docker("pause", f"{resting}2")
     try:
         result = site.call("snapshot", set_id="live")
@@ -364,7 +139,8 @@ def test_content_changed_under_the_same_size_and_time_is_not_kept_stale(site: Si
 def test_stop_stops_and_starts(one_site: Site) -> None:
     started = docker("inspect", "--format", "{{.State.StartedAt}}", one_site.writer)
     result = one_site.call("snapshot", set_id="stopped", consistency="stop")
-    assert result["containers"] == [{"name": one_site.writer, "action": "stop"}]
+    (held,) = result["containers"]
+    assert (held["name"], held["action"], held["found"]) == (one_site.writer, "stop", "running") and held["freeze_ms"] > 0
     assert one_site.state() == "running"
     assert docker("inspect", "--format", "{{.State.StartedAt}}", one_site.writer) != started
 
@@ -373,8 +149,25 @@ def test_hooks_run_before_and_after_even_when_the_snapshot_fails(one_site: Site,
     # Beside hooks nobody is held still, and the writer's files come and go: it rests.
     one_site.quiet()
     helper = f"{one_site.writer}-helper"
-    docker("run", "--detach", "--name", helper, "-e", "PATH=/bin", "-v", f"{one_site.volumes[1]}:/b", image, "/bin/sh", "-c", "busybox sleep 600")
-    hooks = [{"container": helper, "before": ["/bin/sh", "-c", "echo before > /b/hook"], "after": ["/bin/sh", "-c", "echo after >> /b/hook"]}]
+    docker(
+        "run",
+        "--detach",
+        "--network",
+        "none",
+        "--name",
+        helper,
+        "-e",
+        "PATH=/bin",
+        "-v",
+        f"{one_site.volumes[1]}:/b",
+        image,
+        "/bin/sh",
+        "-c",
+        "busybox sleep 600",
+    )
+    hooks = [
+        {"container": helper, "before": ["/bin/sh", "-c", "echo before > /b/hook"], "after": ["/bin/sh", "-c", "echo after >> /b/hook"]}
+    ]
     try:
         one_site.call("snapshot", set_id="hooked", consistency="hooks", hooks=hooks)
         assert (one_site.data(1) / "hook").read_text() == "before\nafter\n"
@@ -393,16 +186,15 @@ def test_hooks_run_before_and_after_even_when_the_snapshot_fails(one_site: Site,
 
 
 def test_sigkill_during_the_freeze_thaws_at_once_and_the_next_run_is_whole(site: Site) -> None:
-    wrapper, reached = hold_program(site, BACKUP[site.kind], 2)
-    process = site.start("snapshot", set_id="killed", program=str(wrapper))
+    reached = site.root / "reached"
+    process = site.start("snapshot", f"REACHED = {str(reached)!r}\n{IN_WINDOW}", set_id="killed")
     try:
-        pid = int(until(lambda: reached.exists() and reached.read_text(), "the final pass"))
+        until(reached.exists, "the freeze")
         assert site.state() == "paused"
         process.kill()
         process.wait()
         until(lambda: site.state() == "running", "the writer running again")
         until(lambda: site.leftovers() == [], "nothing left by the guard")
-        os.kill(pid, signal.SIGKILL)
     finally:
         process.kill()
         process.communicate()
@@ -448,7 +240,10 @@ def test_a_container_the_engine_hangs_on_is_thawed_and_unpaused(one_site: Site, 
 def test_no_freeze_meets_a_health_check(image: str, tmp_path: Path) -> None:
     """One that does makes the engine keep the container frozen for seconds; a container without a check tells what is usual here."""
     checks = {"plain": [], "checked": ["--health-cmd", "true", "--health-interval", "0.3s"]}
-    ids = {name: docker("run", "--detach", *options, image, "/bin/sh", "-c", "sleep 600") for name, options in checks.items()}
+    ids = {
+        name: docker("run", "--detach", "--network", "none", *options, image, "/bin/sh", "-c", "sleep 600")
+        for name, options in checks.items()
+    }
     seconds: dict[str, list[float]] = {"plain": [], "checked": []}
     try:
         for turn in range(15):
@@ -616,7 +411,7 @@ def test_a_full_disk_ends_with_capacity_and_nothing_half(site: Site) -> None:
             site.call("snapshot", set_id="big", **place)
         assert caught.value.failure_class == "capacity" and "estimate" in caught.value.details
         # The same seen by the engine itself, when the estimate was wrong.
-        process = site.start("snapshot", "sets.check_room = lambda *a: {}", set_id="big", **place)
+        process = site.start("snapshot", "taking.check_room = lambda *a: {}", set_id="big", **place)
         answer = json.loads(process.communicate()[0])
         assert answer["failure_class"] == "capacity", answer
         assert site.state() == "running" and not (site.manifests / "big.manifest.json").exists()
@@ -674,14 +469,34 @@ def test_what_an_engine_cannot_keep_is_refused_by_name(site: Site) -> None:
         assert site.sets() == {}
 
 
-def test_a_writer_outside_of_the_containers_is_noticed(one_site: Site) -> None:
-    wrapper, reached = hold_program(one_site, BACKUP[one_site.kind], 99)
-    target = one_site.data(0) / "outside"
-    text = wrapper.read_text().replace("case", f'case "$*" in *"{BACKUP[one_site.kind]}"*) date +%N > {target};; esac\ncase', 1)
-    wrapper.write_text(text)
+def test_a_writer_outside_of_the_containers_is_noticed(one_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_files = taking.copy_files
+
+    def meanwhile(*arguments: t.Any) -> t.Any:
+        (one_site.data(0) / "outside").touch()
+        return copy_files(*arguments)
+
+    monkeypatch.setattr(taking, "copy_files", meanwhile)
+    with pytest.raises(DeliveryError, match="changed while its containers were held still"):
+        one_site.call("snapshot", set_id="one")
+    # The same without room for the copies, when the engine reads all of it in the window.
+    monkeypatch.setattr(taking.Taking, "_fits", lambda self, size: False)
+    wrapper, _reached = hold_program(one_site, BACKUP[one_site.kind], 99)
+    say = f'case "$*" in *"{BACKUP[one_site.kind]}"*) date +%N > {one_site.data(0) / "outside"};; esac\ncase'
+    wrapper.write_text(wrapper.read_text().replace("case", say, 1))
     with pytest.raises(DeliveryError, match="changed while its containers were held still: outside"):
         one_site.call("snapshot", set_id="one", program=str(wrapper))
-    assert one_site.state() == "running" and one_site.sets() == {} and not reached.exists()
+    assert one_site.state() == "running" and one_site.sets() == {}
+
+
+def test_without_room_for_copies_the_engine_reads_in_the_window(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taking.Taking, "_fits", lambda self, size: False)
+    site.call("snapshot", set_id="one")
+    stored = json.loads((site.manifests / "one.manifest.json").read_text())["parts"]
+    assert all("delta" not in part and part["digest"] for part in stored)
+    site.damage()
+    site.call("restore", set_id="one", keep_current=False, containers="leave_stopped")
+    assert [scan(str(site.data(n))).digest for n in (0, 1)] == [part["digest"] for part in stored[:2]]
 
 
 def test_bad_requests_are_refused_before_anything_is_touched(one_site: Site) -> None:

@@ -21,6 +21,8 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.command import C
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, write_json
 
+Names = t.Sequence[bytes]
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -28,6 +30,7 @@ class Stored:
 
     ``snapshot`` is the engine's id, ``root`` names the stored content itself (Kopia: object id; restic: tree id).
     ``broken`` says why it must not be used (empty: sound). ``files`` and ``bytes`` are the engine's own counts, -1 if it has none.
+    ``skipped``: names below the source that could not be read; ``added``: bytes that the repository grew by, for the whole snapshot.
     """
 
     source: str
@@ -38,6 +41,8 @@ class Stored:
     files: int = -1
     bytes: int = -1
     broken: str = ""
+    skipped: Names = ()
+    added: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Settings:
     program: str = ""
     env: t.Mapping[str, str] = field(default_factory=dict, repr=False)
     repository_id: str = ""
+    read_only: bool = False
+    cache_mb: int | None = None
     timeout: float = 86400.0
 
     @property
@@ -81,11 +88,23 @@ class SnapshotEngine(t.Protocol):
 
     def version(self) -> str: ...
 
+    def close(self) -> None:
+        """Leave no secret of the repository's place on the host."""
+
     def status(self) -> RepositoryStatus: ...
 
     def create(self) -> RepositoryStatus: ...
 
     def refuse_creation(self) -> None: ...
+
+    def disconnect(self) -> bool:
+        """Forget the repository on this host; whether there was something to forget."""
+
+    def settle_policies(self, owner: bool, check_mode: bool) -> tuple[dict[str, t.Any], dict[str, t.Any]]:
+        """What is set in the repository itself, before and after this; ``owner``: this host is to do its maintenance."""
+
+    def change_password(self, password: str) -> None:
+        """From now on the repository opens with this one, and with the one before no more."""
 
     def free_bytes(self) -> int | None: ...
 
@@ -94,8 +113,10 @@ class SnapshotEngine(t.Protocol):
     def prepare(self, sources: t.Sequence[str]) -> None:
         """Whatever the engine must know about the sources before the first pass."""
 
-    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float) -> list[Stored]:
+    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float, moving: bool) -> list[Stored]:
         """Store all sources in one call; one sound ``Stored`` for each, in order, or nothing is left behind and it raises.
+
+        ``moving``: files may change and go away meanwhile; what could not be read is then in ``skipped``.
 
         It tells at once what it can without asking the repository again; the rest is for ``identified``.
         """
@@ -128,7 +149,8 @@ class Base:
         self.settings = settings
         key = hashlib.sha256(settings.repository.encode()).hexdigest()[:16]
         base = settings.config_dir or "/var/lib/selfhost-delivery/engine"
-        self.directory = os.path.join(base, f"{self.name}-{key}")
+        # A connection that must not write is another one, with settings of its own.
+        self.directory = os.path.join(base, f"{self.name}-{key}{'-ro' if settings.read_only else ''}")
         self.program = settings.program or self.name
         if shutil.which(self.program) is None:
             raise DeliveryError(
@@ -173,6 +195,7 @@ class Base:
 
     def refuse_creation(self) -> None:
         """A repository that this host already used must not be replaced by a new, empty one."""
+        self.refuse_writing("create it")
         before = self.remembered_id()
         if before:
             raise DeliveryError(
@@ -188,6 +211,29 @@ class Base:
                 f"create the repository {path}", "the directory holds other files", "Give an empty or new directory.", "config"
             )
 
+    def refuse_writing(self, doing: str) -> None:
+        if self.settings.read_only:
+            raise DeliveryError(
+                f"{doing} in the repository {self.settings.repository.split('@')[-1]}",
+                "it is opened to be read only",
+                "Leave read_only out, or do what only reads (a restore without keep_current).",
+                "config",
+            )
+
+    def disconnect(self) -> bool:
+        """See ``SnapshotEngine``."""
+        if not os.path.isdir(self.directory):
+            return False
+        shutil.rmtree(self.directory)
+        return True
+
+    def close(self) -> None:
+        """See ``SnapshotEngine``; nothing by itself."""
+
+    def settle_policies(self, owner: bool, check_mode: bool) -> tuple[dict[str, t.Any], dict[str, t.Any]]:
+        """For an engine without any."""
+        return {}, {}
+
     def free_bytes(self) -> int | None:
         """Free space for a repository on a file system of this host; ``None`` for any other."""
         path = self.settings.local_path
@@ -202,15 +248,20 @@ class Base:
         """Variables for the program; the password is among them."""
         raise NotImplementedError
 
-    def call(self, *arguments: str, timeout: float | None = None, keep_stdout: bool = True) -> CommandResult:
-        """Run the program with the private environment."""
+    def call(
+        self, *arguments: str, timeout: float | None = None, keep_stdout: bool = True, more: t.Mapping[str, str] | None = None
+    ) -> CommandResult:
+        """Run the program with the private environment, and ``more`` of it."""
         self.prepare_directories()
         limit = timeout or self.settings.timeout
-        return run([self.program, *arguments], timeout=limit, env=self.environment(), grace=30.0, keep_stdout=keep_stdout)
+        env = {**self.environment(), **(more or {})}
+        return run([self.program, *arguments], timeout=limit, env=env, grace=30.0, keep_stdout=keep_stdout)
 
     def failure(self, tried: str, result: CommandResult, remedy: str = "") -> DeliveryError:
         """A failed call as an error: the class tells a full disk from the rest, the password never shows."""
-        seen = result.last_lines(4) or f"{self.program} ended with {result.code}"
+        # A panic of Go ends with its stack, which says nothing to anybody.
+        told = [line for line in (result.stderr.strip() or result.stdout.strip()).splitlines() if " " in line.strip() and line[0] != "\t"]
+        seen = "\n".join(told[-4:]) or f"{self.program} ended with {result.code}"
         if result.timed_out:
             seen = f"{self.program} took too long and was ended; {seen}"
         for secret in (self.settings.password, *self.settings.env.values()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shutil
 import time
 import typing as t
 
@@ -22,8 +23,6 @@ PATIENCE = 1.0
 QUIET_PATIENCE = 10.0
 #: Seconds that pausing takes: no health check should begin within them.
 _PAUSING = 0.3
-
-CONSISTENCIES = ("none", "pause", "stop", "hooks")
 
 #: One container held still: ``{"id", "name", "action": "pause" | "stop"}``.
 Held = dict[str, str]
@@ -104,10 +103,12 @@ def check_is_due(container: t.Mapping[str, t.Any], now: float) -> bool:
     return now + min(_PAUSING, interval / 3) >= moment(log[-1]["End"] if log else state["StartedAt"]) + interval
 
 
-def hold(engine: Engine, held: t.Sequence[Held], stop_timeout: float) -> list[str]:
-    """Freeze them; names of those that a stop had to kill (their files are like after a crash)."""
+def hold(engine: Engine, held: t.Sequence[Held], stop_timeout: float, begun: dict[str, float] | None = None) -> list[str]:
+    """Freeze them; names of those that a stop had to kill (their files are like after a crash). ``begun`` gets the moment of each."""
     killed = []
     for one in held:
+        if begun is not None:
+            begun[one["id"]] = time.monotonic()
         try:
             if one["action"] == "pause":
                 _pause(engine, one["id"])
@@ -120,8 +121,8 @@ def hold(engine: Engine, held: t.Sequence[Held], stop_timeout: float) -> list[st
     return killed
 
 
-def release(engine: Engine, held: t.Sequence[Held], last_error: DeliveryError | None = None) -> None:
-    """Give the state found back to each, in the opposite order. Says at the end which could not be.
+def release(engine: Engine, held: t.Sequence[Held], last_error: DeliveryError | None = None, ended: dict[str, float] | None = None) -> None:
+    """Give the state found back to each, in the opposite order. Says at the end which could not be. ``ended`` gets the moment of each.
 
     Safe to repeat: who runs already is left alone, who is gone is skipped.
     """
@@ -140,6 +141,8 @@ def release(engine: Engine, held: t.Sequence[Held], last_error: DeliveryError | 
             continue
         except DeliveryError as exc:
             problems.append(f"{one['name']} ({exc.seen})")
+        if ended is not None:
+            ended[one["id"]] = time.monotonic()
     if problems:
         raise DeliveryError(
             "give the containers back the state they were found in",
@@ -153,7 +156,9 @@ class Window:
     """The time in which nothing writes. A context manager around the final pass of a snapshot.
 
     ``record``: file that names what is frozen, so that a later run can mend even what the guard could not.
-    ``hooks``: ``[{"container", "before": [argv], "after": [argv]}]``. After it: ``seconds`` and ``killed``.
+    ``hooks``: ``[{"container", "before": [argv], "after": [argv]}]``. ``lock`` is called just before the freeze,
+    ``folder`` removed when this process dies. After it: ``seconds``,
+    ``killed``, and ``freeze_ms`` of each container by its id.
     """
 
     def __init__(
@@ -164,27 +169,38 @@ class Window:
         record: str,
         limit: float,
         stop_timeout: float,
+        lock: t.Callable[[], None] = lambda: None,
+        folder: str = "",
     ) -> None:
+        self.lock, self.folder = lock, folder
         self.engine, self.held, self.hooks, self.record = engine, list(held), list(hooks), record
         self.limit, self.stop_timeout = limit, stop_timeout
         self.seconds = 0.0
         self.killed: list[str] = []
+        self._begun: dict[str, float] = {}
+        self._ended: dict[str, float] = {}
         self._guard = Guard(lambda: mend_patiently(engine, record), limit + 60)
         self._began = 0.0
 
+    @property
+    def freeze_ms(self) -> dict[str, int]:
+        return {one: round((self._ended[one] - began) * 1000) for one, began in self._begun.items() if one in self._ended}
+
     def __enter__(self) -> Window:
         if not self.held and not self.hooks:
+            self.lock()
             return self
         await_quiet(self.engine, self.held)
         after = [{"container": hook["container"], "argv": list(hook["after"])} for hook in self.hooks if hook.get("after")]
-        write_json(self.record, {"held": self.held, "after": after})
+        write_json(self.record, {"held": self.held, "after": after, "folder": self.folder})
         self._guard.arm()
         self._began = time.monotonic()
         try:
             for hook in self.hooks:
                 if hook.get("before"):
                     _run_hook(self.engine, hook["container"], hook["before"], self.limit)
-            self.killed = hold(self.engine, self.held, self.stop_timeout)
+            self.lock()
+            self.killed = hold(self.engine, self.held, self.stop_timeout, self._begun)
         except DeliveryError as exc:
             self._end(exc)
             raise
@@ -206,7 +222,7 @@ class Window:
 
     def _end(self, error: DeliveryError | None) -> None:
         try:
-            mend(self.engine, self.record, error)
+            mend(self.engine, self.record, error, self._ended)
         finally:
             self.seconds = round(time.monotonic() - self._began, 3)
             # Only a thaw that worked sends the guard home: otherwise it goes on trying after this process ended.
@@ -214,8 +230,13 @@ class Window:
                 self._guard.disarm()
 
 
-def mend(engine: Engine, record: str, last_error: DeliveryError | None = None) -> list[str]:
-    """Undo the freeze that the file ``record`` names, then remove the file. Names of the containers; none without the file."""
+def mend(
+    engine: Engine, record: str, last_error: DeliveryError | None = None, ended: dict[str, float] | None = None, died: bool = False
+) -> list[str]:
+    """Undo the freeze that the file ``record`` names, then remove the file. Names of the containers; none without the file.
+
+    ``died``: who froze them is gone, and what it was working on goes as well.
+    """
     found = read_json(record)
     if found is None:
         return []
@@ -223,7 +244,9 @@ def mend(engine: Engine, record: str, last_error: DeliveryError | None = None) -
         for hook in found["after"]:
             _run_hook(engine, hook["container"], hook["argv"], 300)
     finally:
-        release(engine, found["held"], last_error)
+        release(engine, found["held"], last_error, ended)
+    if died and found.get("folder"):
+        shutil.rmtree(found["folder"], ignore_errors=True)
     os.unlink(record)
     return [one["name"] for one in found["held"]]
 
@@ -233,7 +256,7 @@ def mend_patiently(engine: Engine, record: str) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         try:
-            mend(engine, record)
+            mend(engine, record, died=True)
             return
         except (DeliveryError, OSError):
             time.sleep(1)

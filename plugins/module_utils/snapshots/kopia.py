@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -31,15 +32,43 @@ _POLICY = (
     "--compression=zstd-fastest",
 )
 
+#: The same as Kopia shows it, where another value would lose something.
+_WANTED: dict[str, t.Any] = {
+    "retention.keepLatest": 1000000,
+    "files.ignore": None,
+    "files.maxFileSize": None,
+    "files.ignoreDotFiles": None,
+    "files.ignoreCacheDirs": False,
+    "errorHandling.ignoreFileErrors": False,
+    "errorHandling.ignoreDirectoryErrors": False,
+    "compression.compressorName": "zstd-fastest",
+}
+
 _PIN = "selfhost-delivery"
+#: What the places of a repository are called in its URL, their options there, and what goes before the last part of the path.
+_PLACES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "s3": ("s3", ("endpoint", "region", "tls")),
+    "b2": ("b2", ()),
+    "sftp": ("sftp", ("keyfile", "known_hosts")),
+    "webdav": ("webdav", ()),
+    "kopia": ("server", ("fingerprint",)),
+}
 
 
 class Kopia(Base):
-    """See ``engines.SnapshotEngine``. Repositories: an absolute path, or ``s3://bucket/prefix?endpoint=…&region=…``."""
+    """See ``engines.SnapshotEngine``. Repositories: an absolute path, or a URL as in ``_PLACES``."""
 
     name = "kopia"
     keeps_everything = False
     sees_every_change = False
+
+    _joined = False
+
+    def close(self) -> None:
+        # Kopia writes the keys of a bucket and the like into its configuration, wherever they came from.
+        if not self.settings.local_path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._config)
 
     @property
     def _config(self) -> str:
@@ -62,30 +91,84 @@ class Kopia(Base):
         # Kopia itself calls a vanished repository fine while it has the format cached, so the marker is looked at first.
         if path and not glob.glob(os.path.join(glob.escape(path), "kopia.repository*")):
             return RepositoryStatus("missing" if self.remembered_id() else "absent", free_bytes=self.free_bytes())
+        if not path and not self._joined:
+            self.close()  # the keys may be others today
         if not os.path.exists(self._config):
             joined = self.call("repository", "connect", *self._place(), *self._connection(), timeout=300)
             if not joined.ok:
                 if "not initialized" in joined.stderr:
                     return RepositoryStatus("missing" if self.remembered_id() else "absent")
                 raise self._unusable(joined)
+            self._joined = True
         answer = self.call("repository", "status", "--json", timeout=300)
         if not answer.ok:
             raise self._unusable(answer)
-        found = RepositoryStatus("ready", str(json.loads(answer.stdout)["uniqueIDHex"]), self.free_bytes())
-        return self.remember(found)
+        # A Kopia server does not tell the id of what is behind it, so it is known by its certificate.
+        name = (
+            str(json.loads(answer.stdout)["uniqueIDHex"]) or parse_qs(urlsplit(self.settings.repository).query)["fingerprint"][-1].lower()
+        )
+        return self.remember(RepositoryStatus("ready", name, self.free_bytes()))
 
     def create(self) -> RepositoryStatus:
         self.refuse_creation()
         path = self.settings.local_path
         if path:
             os.makedirs(path, mode=0o700, exist_ok=True)
+        if self._place()[0] == "server":
+            raise DeliveryError(
+                f"create the Kopia repository {self._shown}", "a server has its own already", "Use state connected.", "config"
+            )
+        self._joined = True
         made = self.call("repository", "create", *self._place(), *self._connection(), timeout=300)
         if not made.ok:
             raise self.failure(f"create the Kopia repository {self.settings.repository}", made, "Check the place and its rights.")
-        everywhere = self.call("policy", "set", "--global", *_POLICY[1:], timeout=300)
-        if not everywhere.ok:
-            raise self.failure("set the policy of the Kopia repository", everywhere)
+        self._set_policy()
         return self.status()
+
+    def settle_policies(self, owner: bool, check_mode: bool) -> tuple[dict[str, t.Any], dict[str, t.Any]]:
+        before = self._policies(owner)
+        me = f"selfhost-delivery@{os.uname().nodename.lower()}"
+        after = {**_WANTED, **({"maintenance.owner": me} if owner else {})}
+        if before == after or self.settings.read_only:
+            return before, before
+        if not check_mode:
+            self._set_policy()
+            if owner and before["maintenance.owner"] != me:
+                done = self.call("maintenance", "set", f"--owner={me}", timeout=300)
+                if not done.ok:
+                    raise self.failure("set the owner of the maintenance of the Kopia repository", done)
+            after = self._policies(owner)
+        return before, after
+
+    def change_password(self, password: str) -> None:
+        self.refuse_writing("change the password")
+        done = self.call("repository", "change-password", timeout=300, more={"KOPIA_NEW_PASSWORD": password})
+        if not done.ok:
+            raise self.failure(f"change the password of the Kopia repository {self._shown}", done)
+
+    def _policies(self, owner: bool) -> dict[str, t.Any]:
+        shown = self._answer("read the policy of the Kopia repository", "policy", "show", "--global", "--json")
+        found: dict[str, t.Any] = {}
+        for name in _WANTED:
+            section, key = name.split(".")
+            found[name] = (shown.get(section) or {}).get(key, False if _WANTED[name] is False else None)
+        # It shows the defaults that are never asked for.
+        if found["files.ignoreDotFiles"] == [".kopiaignore"]:
+            found["files.ignoreDotFiles"] = None
+        if owner:
+            found["maintenance.owner"] = self._answer("read who maintains the Kopia repository", "maintenance", "info", "--json")["owner"]
+        return found
+
+    def _answer(self, tried: str, *arguments: str) -> dict[str, t.Any]:
+        done = self.call(*arguments, timeout=300)
+        if not done.ok:
+            raise self.failure(tried, done)
+        return json.loads(done.stdout)
+
+    def _set_policy(self) -> None:
+        done = self.call("policy", "set", "--global", *_POLICY[1:], timeout=300)
+        if not done.ok:
+            raise self.failure("set the policy of the Kopia repository", done)
 
     def connect(self) -> RepositoryStatus:
         found = self.status()
@@ -104,7 +187,8 @@ class Kopia(Base):
         if not done.ok:
             raise self.failure("set the Kopia policy of the sources", done)
 
-    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float) -> list[Stored]:
+    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float, moving: bool) -> list[Stored]:
+        self.refuse_writing("take a snapshot")
         mark = uuid.uuid4().hex
         every = {**tags, "call": mark}
         options = [
@@ -199,34 +283,60 @@ class Kopia(Base):
         if self.settings.local_path:
             return ["filesystem", f"--path={self.settings.local_path}"]
         url = urlsplit(self.settings.repository)
-        if url.scheme != "s3" or not url.netloc or url.username:
+        known = _PLACES.get(url.scheme)
+        if known is None or not url.netloc or url.password or (url.username and url.scheme != "sftp"):
             raise DeliveryError(
-                f"use the Kopia repository {self.settings.repository.split('@')[-1]}",
-                "it is neither an absolute path nor s3://bucket/prefix",
-                "Give one of the two, with the keys of the bucket in env (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY).",
+                f"use the Kopia repository {self._shown}",
+                "it is neither an absolute path nor a URL that Kopia takes, without any password in it",
+                "Give a path, s3://bucket/prefix, b2://bucket/prefix, sftp://user@host/path, webdav://host/path or kopia://host:port, "
+                "and secrets in env.",
                 "config",
             )
-        place = ["s3", f"--bucket={url.netloc}"]
+        given = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        for key in given:
+            if key not in known[1]:
+                raise DeliveryError(
+                    "read the repository URL", f"unknown parameter {key}", f"Known: {', '.join(known[1]) or 'none'}.", "config"
+                )
+        place = [known[0]]
         prefix = url.path.strip("/")
-        if prefix:
-            place.append(f"--prefix={prefix}/")
-        for key, values in parse_qs(url.query).items():
-            if key not in ("endpoint", "region"):
-                raise DeliveryError("read the repository URL", f"unknown parameter {key}", "Known: endpoint, region.", "config")
-            place.append(f"--{key}={values[-1]}")
+        if url.scheme in ("s3", "b2"):
+            place += [f"--bucket={url.netloc}", *([f"--prefix={prefix}/"] if prefix else [])]
+            place += [f"--{key}={value}" for key, value in given.items() if key != "tls"]
+            place += ["--disable-tls"] if given.get("tls") == "false" else []
+        elif url.scheme == "sftp":
+            place += [f"--host={url.hostname}", f"--port={url.port or 22}", f"--username={url.username or 'root'}", f"--path={url.path}"]
+            place += [f"--keyfile={given['keyfile']}"] if "keyfile" in given else []
+            place += [f"--known-hosts={given['known_hosts']}"] if "known_hosts" in given else []
+        elif url.scheme == "webdav":
+            place += [f"--url=https://{url.netloc}{url.path}"]
+        else:
+            if "fingerprint" not in given:
+                raise DeliveryError(
+                    f"use the Kopia server {url.netloc}", "the fingerprint of its certificate is missing", "Add ?fingerprint=….", "config"
+                )
+            place += [f"--url=https://{url.netloc}", f"--server-cert-fingerprint={given['fingerprint']}"]
         return place
 
+    @property
+    def _shown(self) -> str:
+        """The repository without what may be a password in its URL."""
+        return self.settings.repository.split("@")[-1]
+
     def _connection(self) -> list[str]:
-        # A restore would copy every byte into the content cache; a bucket still needs some for its metadata.
-        megabytes = 0 if self.settings.local_path else 64
+        # A restore would copy every byte into the content cache; what is not on a disk still needs some for its metadata.
+        megabytes = self.settings.cache_mb
+        if megabytes is None:
+            megabytes = 0 if self.settings.local_path else 64
         return [
-            "--disable-repository-format-cache",
+            *(["--disable-repository-format-cache"] if self._place()[0] != "server" else []),
             "--no-persist-credentials",
             "--no-check-for-updates",
             f"--content-cache-size-mb={megabytes}",
             f"--cache-directory={os.path.join(self.directory, 'cache')}",
             f"--override-hostname={os.uname().nodename.lower()}",
             "--override-username=selfhost-delivery",
+            *(["--readonly"] if self.settings.read_only else []),
         ]
 
     def _unusable(self, result: CommandResult) -> DeliveryError:

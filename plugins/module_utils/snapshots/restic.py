@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import typing as t
 import uuid
 from dataclasses import replace
@@ -75,10 +76,28 @@ class Restic(Base):
             f"open the restic repository {self._shown}", seen, "Mount its disk, or create it with restic_repository.", "config"
         )
 
+    def change_password(self, password: str) -> None:
+        self.refuse_writing("change the password")
+        self.prepare_directories()
+        descriptor, path = tempfile.mkstemp(dir=self.directory)  # 0600; restic takes it from a file only
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+                handle.write(password + "\n")
+            done = self.call("key", "passwd", "--new-password-file", path, timeout=300)
+        finally:
+            os.unlink(path)
+        if not done.ok:
+            raise self.failure(f"change the password of the restic repository {self._shown}", done)
+
+    def call(self, *arguments: str, **options: t.Any) -> CommandResult:
+        shared = [*(["--no-lock"] if self.settings.read_only else []), *(["--no-cache"] if self.settings.cache_mb == 0 else [])]
+        return super().call(*shared, *arguments, **options)
+
     def prepare(self, sources: t.Sequence[str]) -> None:
         """restic has no policies."""
 
-    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float) -> list[Stored]:
+    def snapshot(self, sources: t.Sequence[str], tags: t.Mapping[str, str], full_read: bool, timeout: float, moving: bool) -> list[Stored]:
+        self.refuse_writing("take a snapshot")
         for source in sources:
             # restic ends with 0 when one of several sources is not there.
             if not os.path.lexists(source):
@@ -89,11 +108,17 @@ class Restic(Base):
         result: CommandResult | None = None
         try:
             result = self.call("backup", "--json", *(["--force"] if full_read else []), *marks, "--", *sources, timeout=timeout)
-            if result.ok:
+            skipped = _skipped(result.stdout + "\n" + result.stderr) if moving and result.code == 3 else []
+            if result.ok or skipped:
                 # What the summary does not tell (0.14 gives a part of the id) is asked for later: writers may be held still now.
                 told = _summary(result.stdout)
                 counts = int(told["total_files_processed"]), int(told["total_bytes_processed"])
-                return [Stored(source, told["snapshot_id"], "", every, "", *counts) for source in sources]
+                return [
+                    Stored(
+                        source, told["snapshot_id"], "", every, "", *counts, skipped=_below(source, skipped), added=told.get("data_added")
+                    )
+                    for source in sources
+                ]
         except BaseException:
             self._discard(mark)
             raise
@@ -112,7 +137,7 @@ class Restic(Base):
                     "The repository was exchanged or unmounted meanwhile.",
                     "snapshot",
                 )
-            found += _parts(made[0], [one.source], one.files, one.bytes)
+            found += [replace(part, skipped=one.skipped, added=one.added) for part in _parts(made[0], [one.source], one.files, one.bytes)]
         return found
 
     def contents(self) -> list[Stored]:
@@ -197,6 +222,25 @@ def _summary(stdout: str) -> dict[str, t.Any]:
             if message.get("message_type") == "summary":
                 return message
     raise DeliveryError("take a restic snapshot", "restic printed no summary", "Use restic 0.14 or newer.", "snapshot")
+
+
+def _skipped(output: str) -> list[str]:
+    """Full names of what ``backup --json`` could not read; none when it does not say."""
+    found = []
+    for line in output.splitlines():
+        if line.startswith("{"):
+            message = json.loads(line)
+            if message.get("message_type") == "error":
+                item = str(message.get("item") or "")
+                if not item or "\ufffd" in item:  # a name that JSON cannot hold might be any
+                    return []
+                found.append(item)
+    return found
+
+
+def _below(source: str, names: t.Iterable[str]) -> tuple[bytes, ...]:
+    """Names below ``source`` as ``scan`` calls them."""
+    return tuple(os.fsencode(name[len(source) + 1 :]) for name in names if name == source or name.startswith(source + "/"))
 
 
 def _parts(item: t.Mapping[str, t.Any], sources: t.Iterable[str], files: int = -1, size: int = -1) -> list[Stored]:

@@ -28,13 +28,14 @@ import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.command import run
-from ansible_collections.selfhost.delivery.plugins.module_utils.engine import Engine
+from ansible_collections.selfhost.delivery.plugins.module_utils.engine import PROJECT_LABEL, Engine
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json, sync_directory, write_json
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import freeze, sets
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import carried, freeze, sets
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import SnapshotEngine, Stored
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.guard import Guard
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import apply_sidecar, scan, sync_file_systems
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.scan import scan, sync_file_systems
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.taking import Taking
 
 _RENAME_EXCHANGE = 2
 _SYSCALL = {"x86_64": 316, "aarch64": 276, "armv7l": 382, "riscv64": 276, "ppc64le": 357, "s390x": 347}
@@ -44,6 +45,9 @@ _SYSCALL = {"x86_64": 316, "aarch64": 276, "armv7l": 382, "riscv64": 276, "ppc64
 class Request:
     """What to give back. Empty ``volumes`` and ``paths``: the whole set, else only the named parts.
 
+    ``project``: volumes go to those of another Compose project. ``target``: everything else goes below this directory, into
+    ``volumes/<name>`` and ``paths/<path>``, and replaces nothing. ``checks``: ``{name, image, command, mount, user, env, timeout}``, a
+    program that must be content with the copy of a part before anything is replaced; what it writes is thrown away.
     ``restart`` false leaves the containers that had to be stopped as they are. ``stop_timeout`` in seconds.
     """
 
@@ -56,6 +60,9 @@ class Request:
     restart: bool = True
     stop_timeout: float = 30.0
     keep: int = 0
+    project: str = ""
+    target: str = ""
+    checks: t.Sequence[t.Mapping[str, t.Any]] = ()
 
 
 def restore(engine: SnapshotEngine, docker: Engine, request: Request, check_mode: bool = False) -> dict[str, t.Any]:
@@ -96,6 +103,7 @@ def recover(journal: str, docker: Engine, release: bool = True) -> tuple[str, li
     if state is None:
         return "", []
     _end_orphans(state["txid"])
+    docker.remove(_checker(state["txid"]), force=True, volumes=True)
     forward = state["phase"] in ("swapping", "releasing")
     text = f"{state['set_id']}: undone, nothing had been replaced"
     if forward:
@@ -145,7 +153,7 @@ class _Restoring:
         self.parts: list[dict[str, t.Any]] = []
         self.stored: list[Stored] = []
         self.warnings: list[str] = []
-        self.keeping: sets.Taking | None = None
+        self.keeping: Taking | None = None
 
     def plan(self) -> dict[str, t.Any]:
         """Choose the set, check everything that can be checked without touching anything."""
@@ -162,6 +170,7 @@ class _Restoring:
             "replaced_set_id": "",
             "containers": [],
             "downtime_seconds": 0.0,
+            "checked": [],
             "warnings": self.warnings,
         }
         if all(self._same(part) for part in self.parts):
@@ -192,6 +201,7 @@ class _Restoring:
         guard.arm()
         try:
             self._stage()
+            result["checked"] = self._check()
             self._begin_keeping()
             began = time.monotonic()
             self._hold()
@@ -228,16 +238,48 @@ class _Restoring:
                 f"It holds {', '.join(sorted(name for _kind, name in have))}.",
                 "config",
             )
-        for part, stored in zip(manifest["parts"], self.found.parts):
+        for number, (part, stored) in enumerate(zip(manifest["parts"], self.found.parts)):
             if wanted and (part["kind"], part["name"]) not in wanted:
                 continue
+            part = {**part, **self._place(part)}
             if part["kind"] == "volume":
                 volume = self.docker.volume(part["name"])
                 target = sets.volume_part(part["name"], volume).source if volume is not None else ""
             else:
                 target = part["name"]
-            self.parts.append({**part, "target": target, "box": f"{target}.{self.txid}" if target else ""})
+            self.parts.append({**part, "number": number, "target": target, "box": f"{target}.{self.txid}" if target else ""})
             self.stored.append(stored)
+        for check in request.checks:
+            if not any(check["name"] in part["known_as"] for part in self.parts):
+                raise DeliveryError(
+                    f"check the copy of {check['name']}",
+                    "it is not among what is restored",
+                    f"That is {', '.join(part['name'] for part in self.parts)}.",
+                    "config",
+                )
+
+    def _place(self, part: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+        """Where a part goes, when not to where it came from: the keys of it that change."""
+        name, project, target = str(part["name"]), self.request.project, self.request.target
+        labels = (part.get("volume") or {}).get("labels") or {}
+        known_as = [name, str(labels.get(sets.VOLUME_LABEL, name))]
+        if part["kind"] == "volume" and project:
+            before = str(labels.get(PROJECT_LABEL, ""))
+            name = f"{project}_{name[len(before) + 1 :] if before and name.startswith(before + '_') else name}"
+            labels = {**labels, **({PROJECT_LABEL: project} if before else {})}
+            # A volume with a place of its own on this host would be that very place again.
+            return {"name": name, "known_as": known_as, "volume": {**part["volume"], "labels": labels, "options": {}}}
+        if target:
+            below = os.path.join("volumes", name) if part["kind"] == "volume" else os.path.join("paths", name.lstrip("/"))
+            return {"kind": "path", "name": os.path.join(os.path.normpath(target), below), "known_as": known_as, "beside": True}
+        if project:
+            raise DeliveryError(
+                f"restore {name} for the project {project}",
+                "it would replace what it was taken from",
+                "Name the volumes wanted, or give a target for the paths.",
+                "config",
+            )
+        return {"known_as": known_as}
 
     def _same(self, part: dict[str, t.Any]) -> bool:
         """Whether the live data is already what the set holds; counts first, since they cost no reading."""
@@ -260,6 +302,10 @@ class _Restoring:
                     "Put the data in a directory below the mount point.",
                     "config",
                 )
+            if part.get("beside"):
+                if os.path.lexists(target):
+                    raise DeliveryError(f"restore beside, as {target}", "something is there already", "Give another target.", "config")
+                continue
             if os.path.islink(target) or not os.path.isdir(os.path.dirname(target)):
                 raise DeliveryError(
                     f"restore {part['name']}", f"{target} is a link, or its directory does not exist", "Make its directory first.", "config"
@@ -269,6 +315,8 @@ class _Restoring:
         needed: dict[int, list[t.Any]] = {}
         for part in self.parts:
             place = os.path.dirname(part["target"]) if part["target"] else str(self.docker.info()["DockerRootDir"])
+            while not os.path.isdir(place):
+                place = os.path.dirname(place)
             entry = needed.setdefault(os.stat(place).st_dev, [place, 0, 0])
             entry[1] += part["bytes"]
             entry[2] += part["files"] + part["directories"] + part["links"] + 4
@@ -290,17 +338,26 @@ class _Restoring:
             for part in self.parts:
                 if not part["target"]:
                     self._make_volume(part)
+                if part.get("beside"):
+                    os.makedirs(os.path.dirname(part["box"]), mode=0o700, exist_ok=True)
                 os.mkdir(part["box"], 0o700)
             folder = os.path.join(self.parts[0]["box"], "set")
             os.mkdir(folder, 0o700)
-            sidecars = self.catalog.bring(self.found, folder)
+            brought = self.catalog.bring(self.found, folder)
+            if read_json(os.path.join(brought, "manifest.json")) != self.found.manifest:
+                raise DeliveryError(
+                    f"restore the set {self.found.set_id}",
+                    f"its manifest in {self.request.manifest_dir} is not what was stored with it",
+                    "Somebody changed that file. Remove it, and the one in the repository counts.",
+                    "snapshot",
+                )
             for part, stored in zip(self.parts, self.stored):
                 box = part["box"]
                 _probe_exchange(box)
                 tree = os.path.join(box, "tree")
                 self.engine.restore(stored, tree)
-                apply_sidecar(tree, sets.read_sidecar(sidecars, part))
-                self._check(part, tree)
+                if not carried.put_together(tree, part, part["number"], brought)[1]:
+                    self.warnings.append(_said_of_moving(part))
             sync_file_systems(part["box"] for part in self.parts)
         except OSError as exc:
             full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -310,6 +367,50 @@ class _Restoring:
                 "Make room there." if full else "Nothing was replaced.",
                 "capacity" if full else "snapshot",
             ) from exc
+
+    def _check(self) -> list[str]:
+        """Let the programs that were asked for look at the copies; names of the parts they were content with."""
+        done = []
+        for check in self.request.checks:
+            part = next(one for one in self.parts if check["name"] in one["known_as"])
+            box = part["box"]
+            folders = {name: os.path.join(box, name) for name in ("tree", "upper", "work", "merged")}
+            for name in ("upper", "work", "merged"):
+                os.mkdir(folders[name], 0o700)
+            options = f"lowerdir={folders['tree']},upperdir={folders['upper']},workdir={folders['work']}"
+            mounted = run(["mount", "-t", "overlay", "-o", options, "overlay", folders["merged"]], timeout=60)
+            if not mounted.ok:  # this file system cannot be below an overlay
+                copied = run(["cp", "-a", "--reflink=auto", f"{folders['tree']}/.", folders["merged"]], timeout=86400)
+                if not copied.ok:
+                    raise DeliveryError(f"copy {part['name']} for its check", copied.last_lines(2), "Make room there.", "capacity")
+            try:
+                self._run_check(check, part, folders["merged"])
+            finally:
+                self.docker.remove(_checker(self.txid), force=True, volumes=True)
+                if mounted.ok:
+                    run(["umount", folders["merged"]], timeout=60)
+                for name in ("upper", "work", "merged"):
+                    shutil.rmtree(folders[name])
+            done.append(part["name"])
+        return done
+
+    def _run_check(self, check: t.Mapping[str, t.Any], part: t.Mapping[str, t.Any], folder: str) -> None:
+        env = {str(key): str(value) for key, value in (check.get("env") or {}).items()}
+        argv = ["docker", "run", "--rm", "--network", "none", "--pull", "never", "--name", _checker(self.txid)]
+        argv += ["--volume", f"{folder}:{check['mount']}", *(word for name in env for word in ("--env", name))]
+        argv += ["--user", str(check["user"])] if check.get("user") else []
+        command = [str(word) for word in check["command"]]
+        argv += ["--entrypoint", command[0], str(check["image"]), *command[1:]]
+        timeout = float(check.get("timeout") or 600)
+        answer = run(argv, timeout=timeout, env={**env, "DOCKER_HOST": f"unix://{self.docker.socket}"})
+        if not answer.ok:
+            said = (answer.stdout + answer.stderr).strip().splitlines()[-3:]
+            raise DeliveryError(
+                f"check the restored copy of {part['name']} with {command[0]}",
+                f"no end after {timeout:g} s" if answer.timed_out else f"it ended with {answer.code}: {' / '.join(said)}",
+                "Nothing was replaced. Use another set, or look at the check.",
+                "snapshot",
+            )
 
     def _make_volume(self, part: dict[str, t.Any]) -> None:
         """A volume that is gone is made again as it was described, so that Compose takes it for its own."""
@@ -330,22 +431,6 @@ class _Restoring:
             if noted["name"] == part["name"]:
                 noted.update(target=part["target"], box=part["box"])
         self._note("staging")
-
-    def _check(self, part: dict[str, t.Any], tree: str) -> None:
-        seen = scan(tree)
-        if part["digest"]:
-            sound = seen.digest == part["digest"]
-        else:
-            # It moved while it was taken, so only the engine's own word says what is in it.
-            self.warnings.append(f"{part['name']} changed while it was taken; its content could not be compared")
-            sound = part["files"] == 0 or seen.files > 0
-        if not sound:
-            raise DeliveryError(
-                f"check the restored copy of {part['name']}",
-                f"it is not what was stored ({seen.files} files and {seen.bytes} bytes; stored were {part['files']} and {part['bytes']})",
-                "Nothing was replaced. Use another set.",
-                "snapshot",
-            )
 
     def _users(self) -> list[freeze.Held]:
         volumes = {part["name"] for part in self.parts if part["kind"] == "volume"}
@@ -386,9 +471,9 @@ class _Restoring:
             consistency="none",
             replaces=self.found.set_id,
         )
-        parts = sets.resolve(self.docker, volumes, paths)
+        parts = sets.resolve(self.docker, request)
         sets.check_room(self.catalog, parts)
-        self.keeping = sets.Taking(self.engine, self.docker, request, parts, [], self.catalog.repository_id)
+        self.keeping = Taking(self.engine, self.docker, request, parts, [], {}, self.catalog)
         self.keeping.warm_up()
 
     def _swap(self) -> None:
@@ -442,6 +527,16 @@ class _Restoring:
         write_json(self.journal, self.state)
 
 
+def _checker(txid: str) -> str:
+    """Name of the container in which the checks of a restore run."""
+    return f"selfhost-delivery-check-{txid}"
+
+
+def _said_of_moving(part: t.Mapping[str, t.Any]) -> str:
+    text = f"{part['name']} moved while it was taken, and could be compared only as far as it did not"
+    return f"{text}; its {part['database']['kind']} makes it whole when it starts" if part.get("database") else text
+
+
 def _exchange_all(state: t.Mapping[str, t.Any]) -> None:
     """Put every fresh tree in place that is not there yet; inode numbers tell new from old."""
     for part in state["parts"]:
@@ -471,6 +566,8 @@ def _remove_boxes(state: t.Mapping[str, t.Any]) -> None:
     """Remove what lies beside the targets: half a copy, or the data that was replaced."""
     for part in state["parts"]:
         if part["box"] and os.path.lexists(part["box"]):
+            if os.path.ismount(os.path.join(part["box"], "merged")):
+                run(["umount", "--lazy", os.path.join(part["box"], "merged")], timeout=60)
             shutil.rmtree(part["box"])
 
 

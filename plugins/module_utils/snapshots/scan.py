@@ -21,7 +21,7 @@ import os
 import stat
 import time
 import typing as t
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 
@@ -33,6 +33,10 @@ _CTIME_FILE_SYSTEMS = (0xEF53, 0x58465342, 0x9123683E)
 _RACY_NS = 2_000_000_000
 
 _BLOCK = 1 << 20
+
+# Scan.bytes hides the type.
+Names = t.Iterable[bytes]
+NameList = t.MutableSequence[bytes]
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,33 @@ class Scan:
     @property
     def digest(self) -> str:
         """``sha256:…`` over the identities of all entries, in the order of their names."""
+        return self.digest_of(self.entries)
+
+    def digest_of(self, names: Names) -> str:
+        """The same over some entries, all of which must be there."""
         total = hashlib.sha256()
-        for path in sorted(self.entries):
+        for path in sorted(names):
             total.update(json.dumps(self.entries[path].identity(), separators=(",", ":")).encode() + b"\n")
         return f"sha256:{total.hexdigest()}"
+
+    def settled(self, later: Scan) -> NameList:
+        """Names of what did not move between this scan and a later one; of a hard link only where its first name did not either."""
+        same = {
+            path
+            for path, entry in self.entries.items()
+            if path in later.entries
+            and entry.identity() == later.entries[path].identity()
+            and (entry.kind == "directory" or _times(entry) == _times(later.entries[path]))
+        }
+        return sorted(path for path in same if not self.entries[path].leader or self.entries[path].leader in same)
+
+    def first_move(self, later: Scan) -> str:
+        """The first name that came, went or has other times in a later scan; empty when none has. Needs no contents."""
+        for path in sorted(set(self.entries) | set(later.entries)):
+            mine, theirs = self.entries.get(path), later.entries.get(path)
+            if mine is None or theirs is None or (mine.kind, _times(mine)) != (theirs.kind, _times(theirs)):
+                return printable(path)
+        return ""
 
     def first_difference(self, other: Scan) -> str:
         """A sentence about one entry that differs, for messages; empty when the identities are equal."""
@@ -117,9 +144,9 @@ def printable(path: bytes) -> str:
 def scan(root: str, known: Scan | None = None, contents: bool = True, vanishing: bool = False) -> Scan:
     """Read the tree (or the single file) at ``root`` without following links.
 
-    ``known``: an earlier scan of the same place; a file whose inode, size, times, owner and mode have not moved since
-    keeps its checksum unread, provided that the file system makes that a proof.
-    ``contents`` false: no checksums at all, for estimates. ``vanishing`` true: names may go away meanwhile.
+    ``known``: an earlier scan of the same place; what has not moved since (inode, size, times) is taken from there
+    unread, provided that the file system makes that a proof.
+    ``contents`` false: no checksums but the known ones. ``vanishing`` true: names may go away meanwhile.
     Raises ``DeliveryError(snapshot)`` for what cannot be read.
     """
     result = Scan(root, time.time_ns())
@@ -134,18 +161,18 @@ def scan(root: str, known: Scan | None = None, contents: bool = True, vanishing:
         if stat.S_ISREG(info.st_mode) and info.st_nlink > 1:
             leader = first_names.setdefault((info.st_dev, info.st_ino), path)
             leader = b"" if leader == path else leader
+        earlier = trusted.entries.get(path) if trusted is not None else None
+        if earlier is not None and trusted is not None and _is_unchanged(earlier, info, trusted.started_ns):
+            result.entries[path] = earlier if earlier.leader == leader else replace(earlier, leader=leader)
+            continue
         try:
             entry = _entry(os.fsencode(root), path, info, leader)
         except FileNotFoundError:
             if not vanishing:
                 raise
             continue
-        earlier = trusted.entries.get(path) if trusted is not None else None
         if entry.kind == "file" and contents:
-            if earlier is not None and trusted is not None and _unchanged(entry, earlier, trusted.started_ns):
-                entry = _with_content(entry, earlier.content)
-            else:
-                pending.append((path, info))
+            pending.append((path, info))
         result.entries[path] = entry
     _checksum(result, pending, vanishing)
     return result
@@ -163,7 +190,7 @@ def needs_full_read(before: Scan, after: Scan, warm_end_ns: int, by_ctime: bool)
         if entry.kind != "file":
             continue
         earlier = before.entries.get(path)
-        if earlier is not None and _unchanged(entry, earlier, before.started_ns):
+        if earlier is not None and unchanged(entry, earlier, before.started_ns):
             continue
         if by_ctime:
             if earlier is not None and _times(entry) == _times(earlier) and entry.content != earlier.content:
@@ -173,13 +200,18 @@ def needs_full_read(before: Scan, after: Scan, warm_end_ns: int, by_ctime: bool)
     return False
 
 
-def sidecar(tree: Scan) -> list[dict[str, t.Any]]:
+def sidecar(tree: Scan, without: t.Collection[bytes] = ()) -> list[dict[str, t.Any]]:
     """What Kopia does not keep of ``tree``, one JSON-able record a name: ``p`` (base64 name) with ``x`` (extended attributes),
-    ``h`` (hard link to that base64 name), ``n`` (FIFO or device: kind, mode, uid, gid, number) or ``t`` (mtime of a directory, ns)."""
+    ``h`` (hard link to that base64 name), ``n`` (FIFO or device: kind, mode, uid, gid, number) or ``t`` (mtime of a directory, ns).
+    Of the names in ``without`` only the times of directories."""
     records = []
     for path in sorted(tree.entries):
         entry = tree.entries[path]
         record: dict[str, t.Any] = {}
+        if path in without:
+            if entry.kind == "directory":
+                records.append({"p": _text(path), "t": entry.mtime_ns})
+            continue
         if entry.leader:
             record["h"] = _text(entry.leader)
         elif entry.xattrs:
@@ -303,16 +335,23 @@ def _xattrs(path: bytes) -> tuple[tuple[str, str], ...]:
         raise
 
 
-def _unchanged(now: Entry, earlier: Entry, earlier_started_ns: int) -> bool:
-    return _times(now) == _times(earlier) and bool(earlier.content) and now.ctime_ns < earlier_started_ns - _RACY_NS
+def unchanged(now: Entry, earlier: Entry, earlier_started_ns: int) -> bool:
+    """Whether ``now`` is for sure what an earlier scan read, on a file system where the ctime is a proof."""
+    if now.kind == "file" and not earlier.content:
+        return False
+    return now.kind == earlier.kind and _times(now) == _times(earlier) and now.ctime_ns < earlier_started_ns - _RACY_NS
+
+
+def _is_unchanged(earlier: Entry, info: os.stat_result, earlier_started_ns: int) -> bool:
+    """The same before anything but the name's ``lstat`` is read, which is all that a freeze has time for."""
+    if earlier.kind == "file" and not earlier.content:
+        return False
+    now = (info.st_ino, info.st_size if stat.S_ISREG(info.st_mode) else 0, info.st_mtime_ns, info.st_ctime_ns)
+    return now == _times(earlier) and info.st_ctime_ns < earlier_started_ns - _RACY_NS
 
 
 def _times(entry: Entry) -> tuple[int, int, int, int]:
     return entry.inode, entry.size, entry.mtime_ns, entry.ctime_ns
-
-
-def _with_content(entry: Entry, content: str) -> Entry:
-    return Entry(**{**entry.__dict__, "content": content})
 
 
 def _checksum(result: Scan, pending: t.Sequence[tuple[bytes, os.stat_result]], vanishing: bool) -> None:
@@ -332,7 +371,7 @@ def _checksum(result: Scan, pending: t.Sequence[tuple[bytes, os.stat_result]], v
                     )
                 del result.entries[path]
             else:
-                result.entries[path] = _with_content(result.entries[path], content)
+                result.entries[path] = replace(result.entries[path], content=content)
 
 
 def _sha256(path: bytes) -> str | None:

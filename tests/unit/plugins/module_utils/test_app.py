@@ -67,7 +67,7 @@ def test_defaults():
     }
     assert app["order"] == ["web", "worker"]
     assert app["migrator"] is None and app["volumes"] is None and app["public"] is None
-    assert app["snapshot"] == {"consistency": "pause", "paths": [], "hooks": []}
+    assert app["snapshot"] == {"consistency": "pause", "paths": [], "hooks": [], "volume_options": {}}
     assert app["policies"] == {
         "restore": "auto",
         "migrations": "compatible",
@@ -125,7 +125,11 @@ def test_the_manual_knows_every_key():
         ("services.web.ready_timeout", 0, "services.web.ready_timeout: must be 1 or more, is 0"),
         ("services.web.stable", 0, "services.web.stable: must be 1 or more, is 0"),
         ("services.web.ready", {"htpp": "/"}, "services.web.ready.htpp: unknown key; did you mean http?"),
-        ("services.web.ready", {"http": "/", "tcp": True}, "services.web.ready: must be one of http, tcp, grpc, command, log; has http and tcp"),
+        (
+            "services.web.ready",
+            {"http": "/", "tcp": True},
+            "services.web.ready: must be one of http, tcp, grpc, command, log; has http and tcp",
+        ),
         ("services.web.ready", {"http": "api"}, "services.web.ready.http: 'api' is no path: begin it with /"),
         ("services.web.ready", {"http": {"status": 200}}, "services.web.ready.http.path: is required"),
         (
@@ -135,7 +139,11 @@ def test_the_manual_knows_every_key():
         ),
         ("services.web.ready", {"command": "pg_isready"}, "services.web.ready.command: must be a list of texts, the program first"),
         ("services.web.ready", {"tcp": False}, "services.web.ready.tcp: can only be true; leave ready out to wait for health or running"),
-        ("services.web.ready", {"grpc": False}, "services.web.ready.grpc: can only be true or a map; leave ready out to wait for health or running"),
+        (
+            "services.web.ready",
+            {"grpc": False},
+            "services.web.ready.grpc: can only be true or a map; leave ready out to wait for health or running",
+        ),
         ("services.web.ready", {"grpc": "orders"}, "services.web.ready.grpc: must be true or false, is text"),
         ("services.web.ready", {"grpc": {"servce": "a"}}, "services.web.ready.grpc.servce: unknown key; did you mean service?"),
         ("services.web.ready", {"grpc": {"service": ""}}, "services.web.ready.grpc.service: must not be empty"),
@@ -146,7 +154,11 @@ def test_the_manual_knows_every_key():
             {"grpc": {"tls": True, "ca_path": "ca.pem"}},
             "services.web.ready.grpc.ca_path: 'ca.pem' must be the absolute path of a file on the host",
         ),
-        ("services.web.ready", {"log": "("}, "services.web.ready.log: '(' is no regular expression: missing ), unterminated subpattern at position 0"),
+        (
+            "services.web.ready",
+            {"log": "("},
+            "services.web.ready.log: '(' is no regular expression: missing ), unterminated subpattern at position 0",
+        ),
         ("services.web.ready", {"log": ["up"]}, "services.web.ready.log: must be text, is a list"),
         ("services.web.ready", {"log": ""}, "services.web.ready.log: must not be empty"),
         ("services.worker.ready", {"grpc": True}, "services.worker.ready.grpc: needs delivery_app.services.worker.port"),
@@ -186,6 +198,16 @@ def test_the_manual_knows_every_key():
         ("compose_files", ["deploy.env"], "compose_files[0]: the name 'deploy.env' belongs to the release folder; rename the file"),
         ("env_files", ["/etc/env"], "env_files[0]: '/etc/env' must be relative and stay inside its folder"),
         ("volumes", ["/data"], "volumes[0]: '/data' is no volume name; folders go into delivery_app.snapshot.paths"),
+        ("volumes", [{"consistency": "pause"}], "volumes[0].name: is required"),
+        ("volumes", ["data", {"name": "data"}], "volumes[1]: 'data' is there twice"),
+        (
+            "volumes",
+            [{"name": "data", "consistency": "postgres"}],
+            "volumes[0].consistency: must be one of none, pause, stop, hooks, postgresql, mysql, redis, sqlite, is 'postgres'; "
+            "did you mean postgresql?",
+        ),
+        ("volumes", [{"name": "data", "consistency": "hooks"}], "snapshot.hooks: is required with consistency: hooks"),
+        ("volumes", [3], "volumes[0]: must be text or a map, is a number"),
         ("snapshot.consistency", "freeze", "snapshot.consistency: must be one of none, pause, stop, hooks, is 'freeze'"),
         ("snapshot.consistency", "hooks", "snapshot.hooks: is required with consistency: hooks"),
         ("snapshot.hooks", [{"container": "db", "after": ["x"]}], "snapshot.hooks: are only run with consistency: hooks, which is pause"),
@@ -201,7 +223,11 @@ def test_the_manual_knows_every_key():
         ("routes", [{"service": "web"}, {"service": "web"}], "routes[1].host: every name has a route already"),
         ("public", {"url": "shop.example.com"}, "public.url: 'shop.example.com' is no http or https address"),
         ("public", {"url": "https://shop.example.com/?a=1"}, "public.url: must have neither login, query nor fragment"),
-        ("public", {"url": "https://x.example.com", "on_host": "127.0.0.1:80"}, "public.on_host: '127.0.0.1:80' is no http or https address without a path"),
+        (
+            "public",
+            {"url": "https://x.example.com", "on_host": "127.0.0.1:80"},
+            "public.on_host: '127.0.0.1:80' is no http or https address without a path",
+        ),
         (
             "public",
             {"url": "https://x.example.com", "on_host": "http://127.0.0.1/shop"},
@@ -224,7 +250,11 @@ def test_the_manual_knows_every_key():
         ("policies.confirm_within", -1, "policies.confirm_within: must be 0 or more, is -1"),
         ("policies.bake", "long", "policies.bake: must be a number, is text"),
         ("policies.bake", {"max_error_rate": 1}, "policies.bake.seconds: is required"),
-        ("policies.bake", {"seconds": 60, "max_error_rate": 101}, "policies.bake.max_error_rate: is a percentage, must be 100 or less, is 101"),
+        (
+            "policies.bake",
+            {"seconds": 60, "max_error_rate": 101},
+            "policies.bake.max_error_rate: is a percentage, must be 100 or less, is 101",
+        ),
         (
             "policies.bake",
             {"seconds": 60, "prometheus": {"url": "prometheus:9090", "query": "up"}},
@@ -405,3 +435,10 @@ def test_a_host_that_is_not_to_be_asked_is_not():
     without = changed("public", {"url": "https://shop.example.com"})
     del without["public"]
     assert parse_app(without, "production").host_check() is None
+
+
+def test_a_volume_may_say_how_it_is_taken() -> None:
+    volumes = ["uploads", {"name": "pgdata", "consistency": "postgresql", "service": "db"}, {"name": "cache"}]
+    app = parse_app(changed("volumes", volumes), "production")
+    assert app.volumes == ["uploads", "pgdata", "cache"]
+    assert app.snapshot.volume_options == {"pgdata": {"consistency": "postgresql", "service": "db"}}

@@ -43,7 +43,7 @@ def test_with_a_tag(call):
     assert result["image_variables"] == {"app": "APP_IMAGE"} and result["service_images"] == {"web": "app"}
     assert result["routes"] == [{"service": "web", "host": "", "port": 8080}]
     assert result["public_check"]["http"]["query"] == "version == 'sha-abc'" and result["public_timeout"] == 30
-    assert result["snapshot"] == {"consistency": "pause", "paths": [], "hooks": [], "volumes": None}
+    assert result["snapshot"] == {"consistency": "pause", "paths": [], "hooks": [], "volume_options": {}, "volumes": None}
 
 
 def test_without_a_tag(call):

@@ -19,7 +19,7 @@ import pytest
 
 from ansible_collections.selfhost.delivery.plugins.module_utils import errors
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import freeze, sets
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import databases, delta, freeze, sets
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import scan as scanning
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import Base, RepositoryStatus, Settings, password_of
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.kopia import Kopia, _stored
@@ -352,7 +352,11 @@ SECOND = 1_000_000_000
 def test_a_health_check_runs_from_its_interval_after_the_last_one(now: float, due: bool) -> None:
     container = {
         "Config": {"Healthcheck": {"Test": ["CMD", "true"], "Interval": 2 * SECOND}},
-        "State": {"Running": True, "StartedAt": "1970-01-01T00:00:00Z", "Health": {"Log": [{"End": "1970-01-01T01:01:40.000000000+01:00"}]}},
+        "State": {
+            "Running": True,
+            "StartedAt": "1970-01-01T00:00:00Z",
+            "Health": {"Log": [{"End": "1970-01-01T01:01:40.000000000+01:00"}]},
+        },
     }
     assert freeze.check_is_due(container, now) is due
 
@@ -371,3 +375,110 @@ def test_which_mounts_concern_a_set() -> None:
     assert not freeze._concerns({"Type": "bind", "Source": "/srv/ab"}, set(), ["/srv/a"])
     # A monitor that mounts all of / keeps seeing what lies under a name, so it is left alone.
     assert not freeze._concerns({"Type": "bind", "Source": "/"}, set(), ["/srv/a"])
+
+
+class TestDelta:
+    """A tree that moved on, and the copy of what moved laid over the copy of before."""
+
+    @staticmethod
+    def laid_over(tree: Path, tmp_path: Path, change: t.Callable[[Path], t.Any]) -> tuple[Scan, Scan]:
+        before = scan(str(tree))
+        stored = tmp_path / "stored"
+        subprocess.run(["cp", "-a", str(tree), str(stored)], check=True)
+        # What an engine may have caught in between.
+        (stored / "passing").write_text("passing")
+        change(tree)
+        now = scan(str(tree), before, contents=False)
+        entries = [now.entries[path] for path in delta.changed_since(before, now, True)]
+        blobs = delta.copy_files(str(tree), entries, str(tmp_path / "blobs"))
+        made = delta.Delta(entries, blobs, delta.unpack_names(delta.pack_names(now.entries)))
+        again = delta.Delta.from_json(made.as_json(), made.names)
+        delta.apply(str(stored), again, str(tmp_path / "blobs"), scan(str(stored), contents=False).entries)
+        return scan(str(tree)), scan(str(stored))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda root: None,
+            lambda root: (root / "dir" / "f").write_text("other"),
+            lambda root: (root / "dir" / "f").unlink(),
+            lambda root: (root / "dir").rename(root / "moved"),
+            lambda root: ((root / "link").unlink(), (root / "link").mkdir(0o711), (root / "link" / "x").write_text("x")),
+            lambda root: os.link(root / "hard", root / "dir" / "third"),
+            lambda root: (os.mkfifo(root / "fifo"), os.chmod(root / "fifo", 0o604)),
+            lambda root: (os.fsencode(root), open(os.fsencode(root) + b"/odd\n\xff", "w").close()),
+            lambda root: os.chmod(root / "dir", 0o2750),
+        ],
+        ids=["nothing", "content", "gone", "renamed", "kind", "hard-link", "fifo", "raw-name", "mode"],
+    )
+    def test_gives_the_tree_of_the_moment(self, tree: Path, tmp_path: Path, change: t.Callable[[Path], t.Any]) -> None:
+        wanted, found = self.laid_over(tree, tmp_path, change)
+        assert wanted.first_difference(found) == "" and wanted.digest == found.digest
+        for path, entry in wanted.entries.items():
+            assert entry.mtime_ns == found.entries[path].mtime_ns, path
+
+    def test_a_file_that_moves_while_it_is_copied_is_refused(self, tree: Path, tmp_path: Path) -> None:
+        now = scan(str(tree), contents=False)
+        (tree / "dir" / "f").write_text("later")
+        with pytest.raises(DeliveryError, match="changed while its containers were held still"):
+            delta.copy_files(str(tree), [now.entries[b"hard"]], str(tmp_path / "blobs"))
+
+    def test_what_goes_first_and_others_stay(self, tree: Path) -> None:
+        delta.apply(str(tree), delta.Delta(clear=["dir/*"]), "", scan(str(tree)).entries)
+        assert sorted(os.listdir(tree)) == ["dir", "hard", "link"] and os.listdir(tree / "dir") == []
+
+    def test_holes_are_not_filled(self, tmp_path: Path) -> None:
+        one, other = tmp_path / "one", tmp_path / "other"
+        with one.open("wb") as handle:
+            handle.write(b"begin")
+            handle.seek(64 << 20)
+            handle.write(b"end")
+            handle.truncate(80 << 20)
+        with one.open("rb") as source, other.open("wb") as target:
+            delta.copy_content(source.fileno(), target.fileno())
+        assert delta.checksum(str(one)) == delta.checksum(str(other)) and other.stat().st_blocks * 512 < 1 << 20
+
+
+def test_names_of_the_log_of_postgresql() -> None:
+    megabytes = 16 << 20
+    assert databases._segments("0000000100000000000000FE", "000000010000000100000001", megabytes) == [
+        "0000000100000000000000FE",
+        "0000000100000000000000FF",
+        "000000010000000100000000",
+        "000000010000000100000001",
+    ]
+    with pytest.raises(DeliveryError, match="failover"):
+        databases._segments("0000000100000000000000FE", "000000020000000000000001", megabytes)
+
+
+def test_how_each_part_is_taken() -> None:
+    labels = {"com.docker.compose.project": "shop", "com.docker.compose.volume": "pgdata"}
+    parts = [
+        sets.Part("volume", "shop_pgdata", "/v/a", {"labels": labels}),
+        sets.Part("volume", "shared", "/v/b"),
+        sets.Part("path", "/c", "/c"),
+    ]
+    options = {"pgdata": {"consistency": "postgresql", "service": "db"}, "/c": {"consistency": "none"}}
+    request = sets.Request("one", "/m", options=options, project="shop", consistency="stop")
+    found = sets._with_options(parts, request)
+    assert [(one.consistency, one.service) for one in found] == [("postgresql", "db"), ("stop", ""), ("none", "")]
+    for bad, words in (
+        ({"nothing": {}}, "options for nothing"),
+        ({"/c": {"consistency": "postgres"}}, "no consistency postgres"),
+        ({"/c": {"consistency": "hooks"}}, "its consistency is hooks"),
+    ):
+        with pytest.raises(DeliveryError, match=words):
+            sets._with_options(parts, replace(request, options=bad))
+    with pytest.raises(DeliveryError, match="options for pgdata"):
+        sets._with_options(parts, replace(request, project=""))
+
+
+def test_the_word_of_a_panic_is_told_not_its_stack() -> None:
+    from ansible_collections.selfhost.delivery.plugins.module_utils.command import CommandResult
+
+    base = Base.__new__(Base)
+    base.settings, base.program = Settings("/r", "pw"), "restic"
+    panic = (
+        "open /r/locks/1: read-only file system\ngithub.com/restic/backend.(*Local).Save\n\t/restic/local.go:121\nruntime.goexit\n\t/x.s:15"
+    )
+    assert base.failure("try", CommandResult(("restic",), 1, "", panic)).seen == "open /r/locks/1: read-only file system"
