@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -370,6 +371,8 @@ def main() -> int:
     for kind in options.engines.split(","):
         if kind not in kinds:
             say(f"WARNING: NO {kind.upper()} in this run: it is not on PATH")
+    # Whatever ends it, the container and the volume go.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     shopfront.build_keeper()
     rows: list[dict[str, t.Any]] = []
     volume = f"bench-data-{os.getpid()}"
