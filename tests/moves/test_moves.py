@@ -2,14 +2,11 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""An app moves to another host and back, is drilled elsewhere, and is brought back from nothing. The tests build on each other, in this order."""
+"""An app moves to another host and back, and is drilled on a third. The tests build on each other, in this order."""
 
 from __future__ import annotations
 
-import re
-import shlex
-
-from e2e.site_under_test import REPOSITORY, Load
+from e2e.site_under_test import Load
 from hosts.site_of_hosts import DEPLOY_DIR
 
 from .conftest import MovingSite
@@ -69,23 +66,3 @@ def test_a_drill_on_another_host_needs_only_the_repository(site: MovingSite) -> 
     drilled = site.run("drill", site.hosts, "-e", "on=app-3", timeout=1800).must_succeed()
     assert "PASSED" in drilled.output and "start keeper" in drilled.output, drilled.output
     assert site.hosts.apps(other) == [] and other.run("docker", "volume", "ls", "-q").strip() == ""
-
-
-def test_the_page_about_disasters_says_the_commands_that_bring_it_back(site: MovingSite) -> None:
-    site.write_row("app-1", "third")
-    site.run("snapshot", site.hosts).must_succeed()
-    site.machine("app-1").power_off()
-    site.machine("app-2").power_off()
-    site.live_at("app-3")
-    page = (REPOSITORY / "docs" / "disaster.md").read_text()
-    block = re.search(r"<!-- the test runs the commands of this block -->\n```console\n(.*?)```", page, re.DOTALL)
-    assert block
-    commands = [shlex.split(line) for line in block.group(1).splitlines()]
-    assert [words[1] for words in commands] == ["setup.yml", "restore.yml", "promote.yml"]
-    for program, playbook, _i, inventory, *extra in commands:
-        assert (program, inventory) == ("ansible-playbook", "inventories/production")
-        words = [word.replace("<tag>", "sha-two") for word in extra]
-        done = site.run(playbook.removesuffix(".yml"), site.hosts, *words, timeout=1800).must_succeed()
-        if playbook == "restore.yml":
-            assert "promote.yml -e tag=sha-two" in " ".join(done.output.split()), done.output
-    assert site.hosts.answer(site.machine("app-3")) == "sha-two" and site.rows("app-3") == "third"
