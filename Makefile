@@ -42,7 +42,7 @@ test-moves: ## an app moves to another host and back, and is drilled on a third;
 	@scripts/bootstrap.sh test
 	@tests/run.sh moves
 
-test-systemd: ## the registry role on a host that systemd runs; no part of test
+test-systemd: ## app hosts and the registry role on hosts that systemd runs; no part of test
 	@scripts/bootstrap.sh test
 	@tests/run.sh systemd
 

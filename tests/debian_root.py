@@ -41,34 +41,40 @@ def program(*command: str | Path, content: bytes | None = None) -> str:
 
 
 def image(
-    purpose: str, packages: t.Sequence[str], *, boot: str = "", changes: t.Sequence[str] = (), say: t.Callable[[str], None] = print
+    purpose: str,
+    packages: t.Sequence[str],
+    *,
+    boot: str = "",
+    changes: t.Sequence[str] = (),
+    suite: str = SUITE,
+    say: t.Callable[[str], None] = print,
 ) -> str:
     """The name of the image, which says what went into it; made when it is not there.
 
     ``boot``: a script that is put at ``BOOT`` and started by the container. ``changes``: more of what ``docker import --change`` takes.
     """
-    key = hashlib.sha256(json.dumps([SUITE, os.uname().machine, list(packages), boot]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([suite, os.uname().machine, list(packages), boot]).encode()).hexdigest()[:12]
     name = f"selfhost-delivery-{purpose}:{key}"
     if subprocess.run(["docker", "image", "inspect", name], capture_output=True, check=False).returncode == 0:
         return name
     home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     archive = Path(os.environ.get("DELIVERY_CACHE") or f"{home}/selfhost-delivery") / f"{purpose}-{key}.tar"
     if not archive.exists():
-        say(f"Making a Debian {SUITE} (debootstrap; minutes, once, kept as {archive}) ...")
+        say(f"Making a Debian {suite} (debootstrap; minutes, once, kept as {archive}) ...")
         archive.parent.mkdir(parents=True, exist_ok=True)
-        _make(archive, packages, boot)
+        _make(archive, packages, boot, suite)
     told = [*changes, *((f'CMD ["{BOOT}"]',) if boot else ())]
     program("docker", "import", *(word for change in told for word in ("--change", change)), archive, name)
     return name
 
 
-def _make(archive: Path, packages: t.Sequence[str], boot: str) -> None:
-    # The mirror that this machine takes the same release from, where it has one; otherwise debootstrap's own default.
+def _make(archive: Path, packages: t.Sequence[str], boot: str, suite: str) -> None:
+    # The mirror that this machine takes its own release from, where it has one; otherwise debootstrap's own default.
     asked = ["apt-get", "indextargets", "--format", "$(REPO_URI)", f"Codename: {SUITE}", "Created-By: Packages"]
     mirrors = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "root"
-        program("debootstrap", "--variant=minbase", f"--include={','.join(packages)}", SUITE, tree, *mirrors[:1])
+        program("debootstrap", "--variant=minbase", f"--include={','.join(packages)}", suite, tree, *mirrors[:1])
         if boot:
             script = tree / BOOT.lstrip("/")
             script.write_text(boot)

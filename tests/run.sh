@@ -187,15 +187,15 @@ gate_molecule() {
 # Several groups of tests at a time, as conftest.py there makes them; more than there are cores, as they wait a lot.
 gate_integration() { run_pytest integration tests/integration -n 4 --dist loadscope; }
 
-gate_soak() { run_pytest soak tests/soak; }
+gate_soak() { run_pytest soak tests/soak -s; } # its lines are what is to be seen
 
 gate_e2e() { run_pytest e2e tests/e2e -n 4 --dist loadscope; }
 
 gate_hosts() { run_pytest hosts tests/hosts; }
 
-gate_moves() { run_pytest moves tests/moves; }
-
 gate_data() { run_pytest data tests/data -n 2 --dist load; }
+
+gate_moves() { run_pytest moves tests/moves; }
 
 gate_systemd() { run_pytest systemd tests/systemd; }
 
@@ -224,7 +224,7 @@ limit_of() { # seconds
     sanity | demo) say 900 ;;
     integration | e2e | systemd) say 1800 ;;
     data | hosts | moves) say 2700 ;;
-    soak) say 4000 ;;
+    soak) say 9000 ;;
     esac
 }
 

@@ -49,7 +49,8 @@ options:
     type: float
     default: 60
   concurrency:
-    description: Connections to use side by side, 1 to 64.
+    description:
+      - Blobs that flow side by side, 1 to 64. Of what has no body to speak of, four times as many are asked of a registry at a time.
     type: int
     default: 4
 notes:

@@ -867,7 +867,7 @@ def _read_notify(top: _Section) -> dict[str, t.Any]:
     for index, address in enumerate(webhooks):
         if not _is_url(address):
             section.problem(f"webhooks[{index}]", "is no http or https address")
-    email = section.section("email", ("to", "from", "host", "port", "starttls", "username", "password"))
+    email = section.section("email", ("to", "from", "host", "port", "starttls", "ca_path", "username", "password"))
     found: dict[str, t.Any] = {}
     if email.raw:
         found = {
@@ -877,7 +877,7 @@ def _read_notify(top: _Section) -> dict[str, t.Any]:
             "port": email.integer("port", 25, 1, 65535),
             "starttls": email.flag("starttls", False),
         }
-        found.update({key: email.text(key, "") for key in ("username", "password") if key in email.raw})
+        found.update({key: email.text(key, "") for key in ("ca_path", "username", "password") if key in email.raw})
         if ("username" in found) != ("password" in found):
             email.problem("password" if "username" in found else "username", "is required: username and password go together")
     return {"webhooks": webhooks, "email": found}

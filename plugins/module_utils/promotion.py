@@ -48,6 +48,7 @@ class Wish:
 class PlannedRelease:
     """``plan`` is kept in ``release.json``, ``files`` in the release folder, ``rollout`` is what ``compose_rollout`` takes.
 
+    ``calls``: in which calls of ``compose_rollout`` its phases run, and which steps of the journal each of them writes beside its own.
     ``batches``: the hosts that are rolled side by side, batch after batch.
     """
 
@@ -58,7 +59,42 @@ class PlannedRelease:
     rollout: dict[str, t.Any]
     copies: list[dict[str, str]]
     lines: list[str] = field(default_factory=list)
+    calls: dict[str, dict[str, t.Any]] = field(default_factory=dict)
     batches: list[list[str]] = field(default_factory=list)
+
+
+#: Seconds that the lease lasts, and over a step which may take long and renews nothing meanwhile.
+TTL, LONG_TTL = 900, 3600
+
+
+def calls_of(kind: str, hosts: int, copies: bool = False, holds: bool = False, restores: bool = False) -> dict[str, dict[str, t.Any]]:
+    """The calls ``check``, ``pull`` and ``roll`` of ``compose_rollout``: ``does`` in words, ``phases`` (none: it is left out), ``journal``.
+
+    Each call starts SSH, Python and Compose once more. So on one host what follows on one another there is one call, and another begins
+    only where the controller has something to do in between: ``copies``, a snapshot, a restore. Over several hosts each has to be good
+    before any goes on, and what is between them is the role's to write down.
+    """
+    alone = hosts == 1
+    check, pull, roll = ["preflight"], ["pull", "hold"] if alone else ["pull"], ["dependencies", "migrate", "roll"]
+    words = "pull the images" + (" and hold all writes" if alone and holds else "")
+    checks = "Check host, Compose file and plan"
+    if alone and not copies:
+        check, pull, checks = check + pull, [], f"{checks}, then {words}"
+        if kind == "rollback" and not restores:
+            check, roll, checks = check + roll, [], f"{checks} and roll"
+    before: dict[str, list[dict[str, t.Any]]] = {"check": [], "pull": [], "roll": []}
+    after: dict[str, list[dict[str, t.Any]]] = {"check": [], "pull": [], "roll": []}
+    if kind == "promote":
+        # Before the images are copied, which renews nothing; and the same before the snapshot.
+        begin, end = ({"step": "pinned", "event": event, "ttl": LONG_TTL} for event in ("begin", "end"))
+        (after if pull else before)["check"].append(begin)
+        before["pull" if pull else "check"].append(end)
+        after["pull" if pull else "check"].append({"step": "snapshotted", "event": "begin", "ttl": LONG_TTL})
+    if alone:
+        after["roll" if roll else "check"].append({"step": "verifying", "event": "begin", "ttl": TTL})
+    does = {"check": checks, "pull": f"{words[0].upper()}{words[1:]}", "roll": "Start what the app depends on, migrate, roll"}
+    phases = {"check": check, "pull": pull, "roll": roll}
+    return {name: {"does": does[name], "phases": phases[name], "journal": {"before": before[name], "after": after[name]}} for name in does}
 
 
 def host_batches(hosts: t.Sequence[str], serial: t.Any = 1, canary: t.Sequence[str] = ()) -> list[list[str]]:
@@ -167,6 +203,11 @@ def plan_release(
         "target": wish.target,
         "restores": wish.snapshot,
     }
+    copies = [
+        {"source": f"{image.source}@{digests[name]}", "destination": f"{image.repository}:{tag}"}
+        for name, image in app.images.items()
+        if image.source != image.repository
+    ]
     short = tag[4:] if tag.startswith("sha-") else tag
     batches = host_batches(site.hosts, site.serial, site.canary)
     return PlannedRelease(
@@ -176,12 +217,9 @@ def plan_release(
         files=[*({"name": entry["name"], "content": entry["content"]} for entry in files),
                {"name": "deploy.env", "content": deploy_env(app, references, tag, release_id)}],
         rollout=rollout,
-        copies=[
-            {"source": f"{image.source}@{digests[name]}", "destination": f"{image.repository}:{tag}"}
-            for name, image in app.images.items()
-            if image.source != image.repository
-        ],
+        copies=copies,
         lines=[*_lines(app, tag, digests, release_id, wish, restore, migrations, alone), *_host_lines(batches, site.canary)],
+        calls=calls_of(wish.kind, max(len(site.hosts), 1), bool(copies) and not rollback, hold, bool(wish.snapshot)),
         batches=batches,
     )
 

@@ -59,6 +59,7 @@ CHANGING_STEPS = frozenset(("dependencies", "held", "hosts", "migrated", "rollin
 
 RELEASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%S.%fZ"
+_ID_TIME = "%Y%m%d-%H%M%S"
 _POLL_SECONDS = 0.25
 
 
@@ -135,6 +136,14 @@ class Journal:
     def entries(self) -> list[dict[str, t.Any]]:
         """All whole entries, oldest first; none when the file does not exist."""
         return _read_journal_file(self.path)
+
+    def append_once(self, event: str, step: str, service: str | None = None, data: t.Mapping[str, t.Any] | None = None) -> bool:
+        """``append``, unless this run has said the same last about this step, as a task does that is tried again. A note is always new."""
+        about = [one for one in self.entries() if one["step"] == step and one.get("service") == service and one["event"] != "note"]
+        if about and event != "note" and about[-1]["event"] == event and about[-1]["run"] == self.run_id:
+            return False
+        self.append(event, step, service, data or {})
+        return True
 
 
 def _read_journal_file(path: str) -> list[dict[str, t.Any]]:
@@ -635,9 +644,18 @@ def _flocked(deploy_dir: str, name: str, timeout: float, remedy: str) -> t.Itera
 # --- release folders ----------------------------------------------------------------------------------------------------
 
 
-def new_release_id(tag: str, moment: datetime | None = None) -> str:
-    """``<YYYYmmdd-HHMMSS>-<tag>``, UTC."""
-    return f"{(moment or datetime.now(timezone.utc)).strftime('%Y%m%d-%H%M%S')}-{tag}"
+def new_release_id(tag: str, moment: datetime | None = None, deploy_dir: str = "") -> str:
+    """``<YYYYmmdd-HHMMSS>-<tag>``, UTC; later than every one in ``deploy_dir``.
+
+    Ids say what came after what. So where the clock was set back, or two begin within a second, this is not quite the time.
+    """
+    stamp = (moment or datetime.now(timezone.utc)).strftime(_ID_TIME)
+    known = (re.match(r"\d{8}-\d{6}(?=-)", name) for name in release_ids(deploy_dir)) if deploy_dir else ()
+    newest = next((found.group() for found in known if found), "")
+    if stamp <= newest:
+        with contextlib.suppress(ValueError):  # of digits that are no time
+            stamp = (datetime.strptime(newest, _ID_TIME) + timedelta(seconds=1)).strftime(_ID_TIME)
+    return f"{stamp}-{tag}"
 
 
 def release_path(deploy_dir: str, release_id: str) -> str:

@@ -191,6 +191,40 @@ options:
     elements: str
     choices: [preflight, pull, dependencies, hold, migrate, roll, bake]
     default: [preflight, pull, dependencies, hold, migrate, roll, bake]
+  journal:
+    description:
+      - Steps of the release that are not this module's, to be written into its journal, each with a renewal of the lease, so that
+        they need no call of M(selfhost.delivery.release). With O(state=applied) and O(state=finished), on the host that has the lease.
+    type: dict
+    suboptions:
+      before:
+        description: Before anything else is done.
+        type: list
+        elements: dict
+        default: []
+        suboptions: &step
+          step:
+            description: As in M(selfhost.delivery.release).
+            type: str
+            required: true
+          event:
+            description: What happened to it.
+            type: str
+            choices: [begin, end]
+            required: true
+          data:
+            description: Kept with the entry. Must not hold a secret.
+            type: dict
+            default: {}
+          ttl:
+            description: Seconds until the lease ends unless it is renewed. Default as long as before.
+            type: int
+      after:
+        description: When all that was asked for went well. Not with O(state=finished).
+        type: list
+        elements: dict
+        default: []
+        suboptions: *step
   bake:
     description:
       - For how long, and by what, the services are judged after the last one was replaced. A container that ends, restarts or gets
@@ -295,10 +329,11 @@ plan:
     - What happens to each service, in the groups C(dependencies), C(migrator), C(services), and C(warnings).
     - Each has C(service), C(kind), C(action) (C(unchanged), C(roll), C(swap), C(create), C(start), C(run)), C(strategy), C(reason),
       C(old) and C(new) (image references), C(replicas), C(old_ids), C(kept_ids).
+    - C(expected) has the medians of the releases before it, C(whole) and C(services) in seconds, and C(releases), how many those were.
   returned: with O(state=applied)
   type: dict
 lines:
-  description: The plan for people, one line a service that changes.
+  description: The plan for people, one line a service that changes, and how long it will take where releases before it tell.
   returned: always
   type: list
   elements: str
@@ -356,6 +391,18 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import u
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import confirm
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import PHASES, Spec
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.steps import apply
+
+_STEPS: dict[str, t.Any] = {
+    "type": "list",
+    "elements": "dict",
+    "default": [],
+    "options": {
+        "step": {"type": "str", "required": True},
+        "event": {"type": "str", "choices": ["begin", "end"], "required": True},
+        "data": {"type": "dict", "default": {}},
+        "ttl": {"type": "int"},
+    },
+}
 
 
 def argument_spec() -> dict[str, t.Any]:
@@ -416,6 +463,7 @@ def argument_spec() -> dict[str, t.Any]:
                 },
             },
         },
+        "journal": {"type": "dict", "options": {"before": _STEPS, "after": _STEPS}},
         "hold_after": {"type": "str", "choices": ["off", "keep", "writes", "all"], "default": "off"},
         "phases": {"type": "list", "elements": "str", "choices": list(PHASES), "default": list(PHASES)},
         "confirm_within": {"type": "float", "default": 0},
@@ -443,7 +491,7 @@ def main() -> None:
     where = (given["project_dir"], given["release_id"] or "", given["run_id"])
     try:
         if given["state"] == "applied":
-            result = apply(Spec.from_dict(given), given["phases"], given["run_id"], given["take_back"], module.check_mode)
+            result = apply(Spec.from_dict(given), given["phases"], given["run_id"], given["take_back"], module.check_mode, given["journal"])
         elif given["state"] == "reverted":
             result = undo.revert(*where, hold_after=given["hold_after"], check_mode=module.check_mode)
         elif given["state"] == "quiesced":
@@ -452,7 +500,7 @@ def main() -> None:
         elif given["state"] == "confirmed":
             result = undo.summary(confirm(given["project_dir"], given["release_id"], module.check_mode))
         elif given["state"] == "finished":
-            result = undo.finish(*where, check_mode=module.check_mode)
+            result = undo.finish(*where, check_mode=module.check_mode, journal=given["journal"])
         else:
             result = undo.sync(*where, check_mode=module.check_mode)
     except DeliveryError as exc:

@@ -95,13 +95,16 @@ options:
         a source that is given by digest is then not asked at all, one given by tag once, in another registry by HEAD.
         Referrers that were attached at the source since are not looked for. A registry that answers a write with the right digest is
         believed without reading it back.
-        Where nothing was copied, a tag is not looked at again before it is written, so of two writers at once the later one wins, also
-        where O(immutable_tags) matches.
+      - With V(blobs) and V(manifests), manifests are remembered in C(~/.cache/selfhost-delivery/images), so that the next time all
+        questions about an image are asked at once. What is remembered says what to ask and never stands for an answer.
     type: str
     choices: [blobs, manifests, tag]
     default: blobs
   immutable_tags:
-    description: Python regular expressions. A tag that matches one is never moved to another digest.
+    description:
+      - Python regular expressions. A tag that matches one is never moved to another digest.
+      - It is looked at before anything is written, and again right before it is written itself where the first look is more than a second
+        old. Registries offer no write that depends on what a tag names, so of two writers within that time the later one wins.
     type: list
     elements: str
     default: ['^sha-']

@@ -69,9 +69,12 @@ options:
         type: int
         default: 25
       starttls:
-        description: Encrypt before anything is sent.
+        description: Encrypt before anything is sent. The server's certificate must be good for O(email.host). Needed with a login.
         type: bool
         default: false
+      ca_path:
+        description: File with the certificates of authorities that the server's certificate may be of, instead of the system's.
+        type: path
       username:
         description: Login at the mail server.
         type: str
@@ -108,6 +111,7 @@ problems:
 import functools
 import json
 import smtplib
+import ssl
 import typing as t
 import urllib.error
 import urllib.request
@@ -133,13 +137,16 @@ def post(address: str, body: dict[str, t.Any], timeout: float) -> None:
 
 
 def mail(settings: dict[str, t.Any], subject: str, text: str, timeout: float) -> None:
-    """Send one message to all receivers; raises ``OSError`` or ``smtplib.SMTPException``."""
+    """Send one message to all receivers; raises ``OSError``, ``ValueError`` or ``smtplib.SMTPException``."""
+    if settings["username"] and not settings["starttls"]:
+        raise ValueError("a login is sent over an encrypted connection only: set starttls")
     message = EmailMessage()
     message["Subject"], message["From"], message["To"] = subject, settings["from"], ", ".join(settings["to"])
     message.set_content(text)
     with smtplib.SMTP(settings["host"], settings["port"], timeout=timeout) as server:
         if settings["starttls"]:
-            server.starttls()
+            # Without a context smtplib takes any certificate, and with it anybody in between.
+            server.starttls(context=ssl.create_default_context(cafile=settings["ca_path"]))
         if settings["username"]:
             server.login(settings["username"], settings["password"] or "")
         server.send_message(message)
@@ -161,6 +168,7 @@ def main() -> None:
                     "host": dict(type="str", default="localhost"),
                     "port": dict(type="int", default=25),
                     "starttls": dict(type="bool", default=False),
+                    "ca_path": dict(type="path"),
                     "username": dict(type="str"),
                     "password": dict(type="str", no_log=True),
                 },

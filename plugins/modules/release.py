@@ -398,7 +398,7 @@ class ReleaseManager:
     # --- started
 
     def started(self) -> dict[str, t.Any]:
-        release_id = self.params["release_id"] or releases.new_release_id(self.params["tag"])
+        release_id = self.params["release_id"] or releases.new_release_id(self.params["tag"], deploy_dir=self.deploy_dir)
         releases.release_path(self.deploy_dir, release_id)
         if self.module.check_mode:
             return self._started_check(release_id)
@@ -428,6 +428,10 @@ class ReleaseManager:
             if self._is_this_one(unfinished):
                 return {**result, "changed": False}
             return {**result, "recover": releases.recovery_owed(unfinished)}
+        if not params["release_id"] and releases.release_ids(self.deploy_dir)[:1] >= [release_id]:
+            # While this one waited for the lock, another that asked later had it.
+            release_id = releases.new_release_id(params["tag"], deploy_dir=self.deploy_dir)
+            self.lease.acquire(self.run_id, params["holder"] or {}, release_id, params["ttl"])
         identity = releases.fingerprint(params["tag"], params["plan"].get("images") or {}, params["files"], release_id)
         if params["unchanged_ok"] and previous is not None and self._is_current(previous, identity):
             return {**result, **self._folder(previous["id"]), "changed": False, "unchanged": True, "release": previous}
@@ -495,17 +499,9 @@ class ReleaseManager:
             return result  # the release itself may not exist: started made none
         releases.read_release(self.deploy_dir, release_id)
         self.lease.renew(step, params["ttl"])
-        journal = releases.Journal(result["journal"], self.run_id)
         changed = bool(releases.write_files(result["release_dir"], params["files"]))
-        if not self._is_written(journal.entries(), event, step, service):
-            journal.append(event, step, service, params["data"])
-            changed = True
+        changed = releases.Journal(result["journal"], self.run_id).append_once(event, step, service, params["data"]) or changed
         return {**result, "changed": changed}
-
-    def _is_written(self, entries: list[dict[str, t.Any]], event: str, step: str, service: str | None) -> bool:
-        """Whether the newest entry about this step, by this run, says the same: a retried task."""
-        about = [e for e in entries if e["step"] == step and e.get("service") == service and e["event"] != "note"]
-        return bool(about) and event != "note" and about[-1]["event"] == event and about[-1]["run"] == self.run_id
 
     # --- the ends
 

@@ -84,6 +84,8 @@ class Case:
     one_registry: bool = False
     tools: tuple[str, ...] = TOOLS
     counted: bool = False
+    #: Whether the tool did the same before, from and to the same addresses.
+    again: bool = False
     tls: bool = False
     many: bool = False
 
@@ -146,7 +148,7 @@ def cases() -> list[Case]:
             **inside,
         ),
         Case("re-tag", "300 MB, another tag in its repository", "image", not_tagged, destination="bench/image", tag="production", **inside),
-        Case("nothing", "300 MB, all there already", "image", all_of_it("image"), counted=True),
+        Case("nothing", "300 MB, all there already", "image", all_of_it("image"), counted=True, again=True),
         Case("tags-cold", f"{TAGS} tags of one repository in one task", "tags", empty, source="bench/tags", tools=together, many=True),
         Case("tags-nothing", f"{TAGS} tags, all there already", "tags", all_of_it("tags"), source="bench/tags", tools=together, many=True),
     ]
@@ -525,7 +527,11 @@ def count_requests(site: Site, case: Case, tools: t.Sequence[Tool], results: Res
             case.prepare(site)
             counter.take()
             environment = {**tool.environment, "REGCTL_CONFIG": str(site.work / "counted.json")}
-            run(tool.command(site, case, source, target), site.work / "tool.log", environment)
+            command = tool.command(site, case, source, target)
+            if case.again:
+                run(command, site.work / "tool.log", environment)
+                counter.take()
+            run(command, site.work / "tool.log", environment)
             requests = counter.take()
             results.counts[case.name, tool.name] = (len(requests), counter.rounds(requests))
     finally:
@@ -585,6 +591,8 @@ def main() -> int:
     # Nothing that is memory may be executed in a container, and the way to pack a module starts a program.
     with tempfile.TemporaryDirectory(prefix="bench-images-", dir=base) as folder, tempfile.TemporaryDirectory() as programs:
         os.environ["DOCKER_CONFIG"] = folder
+        # What image_promote remembers: nothing at the beginning, and nothing for whoever runs this.
+        os.environ["XDG_CACHE_HOME"] = programs
         ours = Ours(Path(programs))
         for tls in sorted({case.tls for case in chosen}):
             run_site(Path(folder), tls, chosen, names, ours, options, results)

@@ -55,6 +55,7 @@ def test_check_mode_shows_the_plan_and_changes_nothing(site: Site) -> None:
     files, containers = tree(site.production.deploy_dir), site.production.containers()
     shown = site.promote(site.production, "sha-two", "--check").must_succeed()
     assert "start_first" in shown.output and "migrate" in shown.output, shown.output
+    assert "in all, from the last release" in shown.output, shown.output
     assert tree(site.production.deploy_dir) == files
     assert site.production.containers() == containers
     assert site.production.serving() == "sha-one"

@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 from registry_fixture import start_registry
 
-from ansible_collections.selfhost.delivery.plugins.module_utils.engine import PROJECT_LABEL, SERVICE_LABEL, Engine
+from ansible_collections.selfhost.delivery.plugins.module_utils.engine import DEFAULT_SOCKET, PROJECT_LABEL, SERVICE_LABEL, Engine
+from ansible_collections.selfhost.delivery.plugins.module_utils.releases import Journal
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import Edge, edge_from
 
 MODULE = Path(__file__).resolve().parents[2] / "plugins/modules/compose_rollout.py"
@@ -32,6 +33,7 @@ COLLECTIONS = Path(__file__).resolve().parents[2] / ".cache/collections"
 _numbers = itertools.count(1)
 
 #: What the images do: `web` and `worker` run, `migrate` ends; BEHAVE says which of them misbehaves. `broken` is ready, and answers errors.
+#: /cgi-bin/slow takes its time.
 APP = """\
 BROKEN='#!/bin/sh
 echo "Status: 500 Internal Server Error"
@@ -46,13 +48,23 @@ trap 'kill $child; exit 0' TERM
 if [ "$1" = web ]; then
   mkdir -p /www/api; echo "$VERSION" > /www/index.html
   [ "$BEHAVE" = never ] || echo "$VERSION" > /www/api/ready
-  [ "$BEHAVE" = broken ] && rm /www/index.html && mkdir /www/cgi-bin && echo "$BROKEN" > /www/cgi-bin/index.cgi && chmod +x /www/cgi-bin/index.cgi
+  mkdir -p /www/cgi-bin
+  echo "#!/bin/sh
+sleep 1
+echo
+echo $VERSION" > /www/cgi-bin/slow; chmod +x /www/cgi-bin/slow
+  [ "$BEHAVE" = broken ] && rm /www/index.html && echo "$BROKEN" > /www/cgi-bin/index.cgi && chmod +x /www/cgi-bin/index.cgi
   httpd -f -p 8080 -h /www & child=$!
 else
   sleep 100000 & child=$!
 fi
 wait
 """
+
+
+def docker_socket() -> str:
+    """Of the engine that the tests use; the docker program takes the same."""
+    return os.environ.get("DOCKER_HOST") or DEFAULT_SOCKET
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +82,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[dict[str, str
             argv = ["docker", "import", *(word for change in changes for word in ("-c", change)), "-", reference]
             _docker(argv, _root_filesystem(name))
             _docker(["docker", "push", reference])
-            details = Engine().image(reference)
+            details = Engine(docker_socket()).image(reference)
             assert details
             found[name] = details["RepoDigests"][0]
             _docker(["docker", "image", "rm", "-f", details["Id"]])
@@ -112,7 +124,7 @@ class Site:
         self.project = f"rollout{os.getpid()}n{next(_numbers)}"
         self.folder = folder
         self.images = images
-        self.engine = Engine()
+        self.engine = Engine(docker_socket())
         self.edge: dict[str, t.Any] = {"type": "none"}
         self.compose = {
             "services": {
@@ -152,11 +164,13 @@ class Site:
             "migrator": {"service": "migrate", "timeout": 20},
             "routes": {"web": 8080},
             "edge": self.edge,
+            "docker_socket": self.engine.socket,
             **self.options,
         }
 
-    def start(self, PATH: str = os.environ["PATH"], **options: t.Any) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PATH": PATH, "PYTHONPATH": str(COLLECTIONS), "PYTHONDONTWRITEBYTECODE": "1"}
+    def start(self, DOCKER_CONFIG: str = "", **options: t.Any) -> subprocess.Popen[str]:
+        own = {"DOCKER_CONFIG": DOCKER_CONFIG} if DOCKER_CONFIG else {}
+        environment = {**os.environ, **own, "PYTHONPATH": str(COLLECTIONS), "PYTHONDONTWRITEBYTECODE": "1"}
         # As Ansible's own wrapper does it, but in a process whose id is known.
         code = (
             "import json, sys\n"
@@ -214,7 +228,7 @@ class Site:
 
     def journal(self, release: dict[str, t.Any]) -> list[dict[str, t.Any]]:
         path = self.folder / "releases" / release["release_id"] / "journal.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return Journal.open(str(path), "").entries()
 
     def answers(self, path: str = "/api/ready") -> str:
         """What the one running web container says."""
@@ -337,20 +351,20 @@ def proxy(site: Site, tmp_path: Path) -> t.Iterator[Proxy]:
 
 
 class Load:
-    """Keep-alive clients that do not retry; every failure and every answer is kept."""
+    """Keep-alive clients that do not retry; every failure and every answer is kept. ``slow`` of them ask what takes its time."""
 
-    def __init__(self, port: int, clients: int = 4) -> None:
+    def __init__(self, port: int, clients: int = 4, slow: int = 0) -> None:
         self.port = port
         self.sent, self.lost, self.answers = 0, [], set()  # type: ignore[var-annotated]
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _client in range(clients)]
+        self._threads = [threading.Thread(target=self._run, args=(path,)) for path in ["/"] * clients + ["/cgi-bin/slow"] * slow]
 
-    def _run(self) -> None:
+    def _run(self, path: str) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         while not self._stop.is_set():
             self.sent += 1
             try:
-                connection.request("GET", "/")
+                connection.request("GET", path)
                 response = connection.getresponse()
                 body = response.read().decode().strip()
                 if response.status == 200:

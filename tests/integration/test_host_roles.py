@@ -30,7 +30,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options impo
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 COLLECTIONS = CHECKOUT / ".cache" / "collections"
-ROLES = ("setup", "registry", "app_host", "_service")
+ROLES = ("setup", "registry", "app_host", "_service", "_authority")
 PREFIX = f"hostroles{os.getpid()}"
 PUSH, PULL = "push-Word-1 $x", "pull-Word-2"
 
@@ -388,78 +388,6 @@ def test_engine_pushes_and_pulls_with_what_app_host_wrote(registry: Registry, ti
     finally:
         subprocess.run(["docker", "image", "rm", "--force", image], capture_output=True, check=False)
         shutil.rmtree(certificates, ignore_errors=True)
-
-
-def test_unit_brings_back_every_service_but_the_migrator(tiny_image: str, tmp_path: Path) -> None:
-    deploy = tmp_path / "app"
-    release = deploy / "releases" / "1"
-    release.mkdir(parents=True)
-    (deploy / "current").symlink_to("releases/1")
-    (deploy / ".env.production").write_text("WORD=from-env\n")
-    (release / "deploy.env").write_text(f"APP_IMAGE={tiny_image}\n")
-    services = {
-        "web": {
-            "image": "${APP_IMAGE}",
-            "command": ["/bin/busybox", "sleep", "600"],
-            "depends_on": {"migrate": {"condition": "service_completed_successfully"}},
-        },
-        "db": {"image": "${APP_IMAGE}", "command": ["/bin/busybox", "sleep", "600"], "labels": {"word": "${WORD}"}},
-        "migrate": {"image": "${APP_IMAGE}", "command": ["/bin/busybox", "true"]},
-    }
-    (release / "compose.yaml").write_text(yaml.safe_dump({"services": services}))
-
-    unit = tmp_path / "unit"
-    book = tmp_path / "unit.yml"
-    role = CHECKOUT / "roles" / "app_host"
-    book.write_text(json.dumps([{
-        "hosts": "localhost",
-        "gather_facts": False,
-        "vars_files": [str(role / "defaults" / "main.yml"), str(role / "vars" / "main.yml")],
-        "vars": {"ansible_connection": "local", "ansible_python_interpreter": sys.executable},
-        "tasks": [{"ansible.builtin.template": {"src": str(role / "templates" / "app.service.j2"), "dest": str(unit), "mode": "0644"}}],
-    }]))
-    described = {"name": PREFIX, "env_files": [".env.production"], "migrator": {"service": "migrate", "image": "migrator"}}
-    rendered = subprocess.run(
-        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", "-e",
-         json.dumps({"delivery_app": described, "delivery_deploy_dir": str(deploy)}), str(book)],
-        env={**os.environ, "LC_ALL": "C.UTF-8"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert rendered.returncode == 0, rendered.stdout + rendered.stderr
-
-    text = unit.read_text()
-    assert f"ConditionPathExists={deploy}/current\n" in text
-    assert f"ConditionPathExists=!{deploy}/lock.json\n" in text
-    line = re.search(r"^ExecStart=/bin/sh -ec '(.*?)'$", text, re.DOTALL | re.MULTILINE)
-    assert line is not None, text
-    script = line.group(1).replace("\\\n", " ").replace("$$", "$")
-
-    def containers() -> dict[str, str]:
-        listed = subprocess.run(
-            ["docker", "ps", "--filter", f"label=com.docker.compose.project={PREFIX}", "--format",
-             '{{.Label "com.docker.compose.service"}} {{.ID}} {{.Label "word"}}'],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        return {line.split()[0]: line.split(maxsplit=1)[1] for line in listed.splitlines()}
-
-    try:
-        for _again in range(2):
-            done = subprocess.run(["/bin/sh", "-ec", script], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-            running = containers()
-            assert set(running) == {"web", "db"}
-            assert running["db"].endswith("from-env")
-        first = containers()
-        subprocess.run(["docker", "kill", first["web"].split()[0]], capture_output=True, check=True)
-        subprocess.run(["/bin/sh", "-ec", script], capture_output=True, text=True, check=True)
-        assert containers() == first  # the same containers, started again
-    finally:
-        ids = subprocess.run(
-            ["docker", "ps", "--all", "--quiet", "--filter", f"label=com.docker.compose.project={PREFIX}"],
-            capture_output=True, text=True, check=True,
-        ).stdout.split()  # fmt: skip
-        if ids:
-            subprocess.run(["docker", "rm", "--force", *ids], capture_output=True, check=False)
-        subprocess.run(["docker", "network", "rm", f"{PREFIX}_default"], capture_output=True, check=False)
 
 
 # --- setup ----------------------------------------------------------------------------------------------------------------

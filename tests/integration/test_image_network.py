@@ -364,7 +364,7 @@ def test_tokens_that_end_in_the_middle_of_a_copy(
 # -- the budget --------------------------------------------------------------------------------------------------------
 
 
-def test_a_registry_gets_no_more_questions_at_a_time_than_concurrency_says(registries: Start, call: Call) -> None:
+def test_a_registry_gets_no_more_at_a_time_than_concurrency_says(registries: Start, call: Call) -> None:
     a, b = registries(), registries()
     for number in range(9):
         image = push_image(client_of(a), f"app{number}", "sha-abc", [os.urandom(1000) for _layer in range(6)])
@@ -378,4 +378,8 @@ def test_a_registry_gets_no_more_questions_at_a_time_than_concurrency_says(regis
         requests = counter.take()
         counter.close()
         together = [[line for begin, end, line in requests if begin <= moment < end] for moment, _end, _line in requests]
-        assert len(max(together, key=len)) == 3, max(together, key=len)
+        blobs = [[line for line in lines if line.startswith("PUT") and "/blobs/" in line] for lines in together]
+        asked = [[line for line in lines if line not in blobs[number]] for number, lines in enumerate(together)]
+        # Three blobs flow at a time, and four times as many questions are asked, which are what a wait is spent on.
+        assert len(max(blobs, key=len)) <= 3, max(blobs, key=len)
+        assert 3 < len(max(asked, key=len)) <= 12, max(asked, key=len)

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import socket
 import stat
 import struct
@@ -27,6 +28,7 @@ import pytest
 from ansible.module_utils.testing import patch_module_args
 from registry_fixture import PASSWORD, USERNAME, Registry, both_versions, registries  # noqa: F401 # pylint: disable=unused-import
 
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci import transfer
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests import (
     DOCKER_LIST,
@@ -46,6 +48,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers im
     own_tag,
     put_referrers,
 )
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.remembered import Remembered
 
 Start = t.Callable[..., Registry]
 Result = t.Dict[str, t.Any]  # noqa: UP006
@@ -54,7 +57,8 @@ RECORD = {"environment": "staging", "release": "20261121-090000-sha-abc", "resul
 
 @pytest.fixture(autouse=True)
 def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No test uses the credentials or proxies of whoever runs it."""
+    """No test uses the credentials or proxies of whoever runs it, or what another test left remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "no-docker-config"))
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -373,14 +377,150 @@ def test_a_deep_look_with_nothing_to_do_asks_each_question_once(registries: Star
     asked_of_a: list[str] = []
     asked_of_b = requests_of(b, lambda: asked_of_a.extend(requests_of(a, lambda: seen.update(result=call("image_promote", **wish)))))
     assert not seen["result"]["changed"]
-    lists = ["GET /v2/app/tags/list?n=1000", f"GET /v2/app/manifests/{digest_tag(index.digest)}", "GET /v2/app/manifests/sha-abc"]
+    lists = ["GET /v2/app/tags/list?n=1000", f"GET /v2/app/manifests/{digest_tag(index.digest)}"]
     # Without an API each asks once whether there is one, more often only side by side.
     asked_of_a, asked_of_b = ([line for line in asked if "/referrers/" not in line] for asked in (asked_of_a, asked_of_b))
     # Equal digests are equal bytes: what the destination has need not be read from the source, too.
-    assert sorted(asked_of_a) == sorted(lists)
+    assert sorted(asked_of_a) == sorted([*lists, "HEAD /v2/app/manifests/sha-abc"])
     below = [f"manifests/{manifest.digest}" for manifest in (*children.values(), stored)]
     below += {f"blobs/{blob.digest}" for manifest in (*children.values(), stored) for blob in manifest.blobs}
-    assert sorted(asked_of_b) == sorted([*lists, *(f"GET /v2/app/{what}" for what in below)])
+    assert sorted(asked_of_b) == sorted([*lists, "GET /v2/app/manifests/sha-abc", *(f"GET /v2/app/{what}" for what in below)])
+
+
+class Rounds:
+    """Lets requests pass in rounds of these sizes only: whoever asks one after the other waits in vain. Before a registry as ``change``."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.left = list(sizes)
+        self.seen: list[str] = []
+        self._waiting = 0
+        self._turn = threading.Condition()
+
+    def __call__(self, data: bytes) -> bytes:
+        request = re.match(rb"[A-Z]+ /\S*", data)
+        if request:
+            with self._turn:
+                self.seen.append(request.group().decode())
+                if not self.left:
+                    raise OSError("one more than all rounds have")
+                self._waiting += 1
+                if self._waiting == self.left[0]:
+                    self.left.pop(0)
+                    self._waiting = 0
+                    self._turn.notify_all()
+                else:
+                    rounds = len(self.left)
+                    if not self._turn.wait_for(lambda: len(self.left) < rounds, 30):
+                        raise OSError("the others of this round do not come")
+        return data
+
+
+@pytest.fixture
+def in_rounds(call: t.Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> t.Iterator[t.Callable[..., Result]]:
+    # How long a round takes is no part of these tests.
+    monkeypatch.setattr(transfer, "_FRESH", 1000.0)
+    proxies: list[CuttingProxy] = []
+
+    def run(wish: dict[str, t.Any], *sizes: int) -> Result:
+        """image_promote with proxies in front of both registries; it fails unless its requests come in rounds of ``sizes``."""
+        rounds = Rounds(*sizes)
+        names = {name: str(wish[name]).partition("/")[::2] for name in ("source", "destination")}
+        made = {address: CuttingProxy(address, 0, 0, uploads=True, change=rounds) for address, _rest in names.values()}
+        proxies.extend(made.values())
+        seen = call("image_promote", **{**wish, **{name: f"{made[address].address}/{rest}" for name, (address, rest) in names.items()}})
+        assert not seen.get("failed"), (seen, rounds.seen)
+        assert not rounds.left, (rounds.left, rounds.seen)
+        return seen
+
+    yield run
+    for proxy in proxies:
+        proxy.close()
+
+
+def test_what_is_known_is_asked_about_in_one_round(
+    registries: Start, call: t.Callable[..., Result], in_rounds: t.Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All questions of the deep look at once; nothing that is remembered takes the place of an answer."""
+    a, b = registries(), registries()
+    image = push_image(client_of(a), "app", "sha-abc", [b"one", b"two"])
+    there = {"source": f"{a.address}/app@{image.digest}", "destination": f"{b.address}/app:sha-abc", "plain_http": True, "retries": 0}
+    call("image_promote", **there)
+    # The proxies have other names, so only a digest is known again: what tags name is told by hand.
+    monkeypatch.setattr(Remembered, "named", lambda self, name: image.digest)
+    # The source: its tags, and whether it lists referrers; the destination: the tag, config and two layers.
+    assert not in_rounds(there, 6)["changed"]
+    assert not in_rounds({**there, "source": f"{a.address}/app:sha-abc"}, 7)["changed"]
+
+    monkeypatch.setattr(Remembered, "named", lambda self, name: "")
+    # Tag to tag: the tag and three blobs; the write; what it names now.
+    retag = {**there, "source": f"{a.address}/app@{image.digest}", "destination": f"{a.address}/app:production"}
+    assert in_rounds(retag, 4, 1, 1)["changed"]
+    # A mount: tag and digest there, tags, referrers and blobs here; three mounts; the write; what it names now.
+    mount = {**retag, "destination": f"{a.address}/prod/app:sha-abc"}
+    assert in_rounds(mount, 7, 3, 1, 1)["blobs"]["mounted"] == 3
+    assert_whole(client_of(a), "prod/app", "sha-abc", image.digest)
+
+    # A digest that was never seen takes a round more.
+    fresh = push_image(client_of(a), "app", "sha-new", [b"one", b"three"])
+    retag["source"] = f"{a.address}/app@{fresh.digest}"
+    assert in_rounds(retag, 2, 3, 1, 1)["changed"]
+
+
+def test_what_is_remembered_is_no_evidence(registries: Start, call: t.Callable[..., Result], tmp_path: Path) -> None:
+    a, b = registries(), registries()
+    push_index(client_of(a), "app", "staging")
+    wish = {"source": f"{a.address}/app:staging", "destination": f"{b.address}/app", "plain_http": True}
+    call("image_promote", **wish)
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "selfhost-delivery" / "images"
+    files = list(folder.iterdir())
+    assert len(files) == 3 + 2 and {path.stat().st_mode & 0o777 for path in files} == {0o600} and folder.stat().st_mode & 0o777 == 0o700
+
+    # The tag names another image since.
+    image = push_image(client_of(a), "app", "staging", [b"another"])
+    assert call("image_promote", check=True, **wish)["changed"] and list(folder.iterdir()) == files, "check mode remembers nothing"
+    assert call("image_promote", **wish)["digest"] == image.digest
+    assert_whole(client_of(b), "app", "staging", image.digest)
+    assert not call("image_promote", **wish)["changed"]
+    # Somebody moved it back at the destination, which took a layer with it.
+    push_image(client_of(b), "app", "staging", [b"a third"])
+    b.blob_file(image.blobs[1].digest).unlink()
+    assert call("image_promote", **wish)["changed"]
+    assert_whole(client_of(b), "app", "staging", image.digest)
+
+    for content in (b"", b"[1, 2]", b"\xff", b'["application/x", "{}"]'):
+        for path in folder.iterdir():
+            path.write_bytes(content)
+        assert not call("image_promote", **wish)["changed"]
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+    assert not call("image_promote", **wish)["changed"]
+
+
+@pytest.mark.parametrize("verify", ["tag", "blobs"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_immutable_tag_that_comes_while_we_work_is_not_moved(
+    registries: Start, call: t.Callable[..., Result], monkeypatch: pytest.MonkeyPatch, verify: str, elsewhere: bool
+) -> None:
+    """Somebody writes the tag after it was looked at: while blobs are mounted, or copied."""
+    a = registries()
+    b = registries() if elsewhere else a
+    push_image(client_of(a), "app", "sha-abc", [b"ours"])
+    theirs: list[Manifest] = []
+
+    def write_it(data: bytes) -> bytes:
+        if data.startswith(b"POST /v2/prod/app/blobs/uploads/") and not theirs:
+            theirs.append(push_image(client_of(b), "prod/app", "sha-abc", [b"theirs"]))
+        return data
+
+    # As if mounting took longer than that.
+    monkeypatch.setattr(transfer, "_FRESH", -1.0 if not elsewhere else 1000.0)
+    proxy = CuttingProxy(b.address, 0, 0, uploads=True, change=write_it)
+    source = f"{a.address if elsewhere else proxy.address}/app:sha-abc"
+    seen = call("image_promote", source=source, destination=f"{proxy.address}/prod/app", verify=verify, plain_http=True)
+    proxy.close()
+    assert theirs
+    assert_refused(seen, "policy", "immutable", theirs[0].digest)
+    assert_whole(client_of(b), "prod/app", "sha-abc", theirs[0].digest)
 
 
 def test_tag_and_mount_take_three_rounds(registries: Start, call: t.Callable[..., Result]) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import http.server
 import json
 import socket
+import ssl
 import threading
 import typing as t
+from pathlib import Path
 
 import pytest
 from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult, LoginPassword
 from ansible.module_utils.testing import patch_module_args
+from registry_fixture import make_certificate
 
 from ansible_collections.selfhost.delivery.plugins.modules import notify
 
@@ -82,3 +86,40 @@ def test_everybody_gets_it_and_a_broken_receiver_is_a_warning(hook: t.Any, capsy
 def test_check_mode_sends_nothing(hook: t.Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = run(capsys, text="x", webhooks=[f"http://127.0.0.1:{hook.server_address[1]}/ok"], _ansible_check_mode=True)
     assert hook.got == [] and result["sent"] == 0
+
+
+def test_mail_goes_over_tls_with_a_login_and_never_to_who_cannot_prove_to_be_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem", tmp_path / "server.key")
+    mailbox, tried = Mailbox(), []
+
+    def authenticate(_server: t.Any, session: t.Any, _envelope: t.Any, _mechanism: str, login: LoginPassword) -> AuthResult:
+        tried.append((session.ssl is not None, login.login, login.password))
+        return AuthResult(success=login.password == b"mail-Secret-5", handled=False)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = Controller(
+        mailbox, hostname="127.0.0.1", port=port, tls_context=context, require_starttls=True, authenticator=authenticate, auth_required=True
+    )
+    server.start()
+    login = {"to": ["ops@example.com"], "host": "127.0.0.1", "port": port, "starttls": True, "username": "ci", "password": "mail-Secret-5"}
+    try:
+        trusted = {**login, "ca_path": str(tmp_path / "ca.pem")}
+        assert run(capsys, text="out", email=trusted)["sent"] == 1
+        assert tried == [(True, b"ci", b"mail-Secret-5")] and len(mailbox.mails) == 1
+        tried.clear()
+        wrong = run(capsys, text="out", email={**trusted, "password": "another-Word-6"})
+        assert wrong["sent"] == 0 and "535" in wrong["problems"][0] and "another-Word-6" not in json.dumps(wrong["problems"])
+        tried.clear()
+        stranger = run(capsys, text="out", email=login)
+        assert stranger["sent"] == 0 and "CERTIFICATE_VERIFY_FAILED" in stranger["problems"][0]
+        clear = run(capsys, text="out", email={**trusted, "starttls": False})
+        assert clear["problems"] == ["e-mail: a login is sent over an encrypted connection only: set starttls"]
+        assert tried == [] and len(mailbox.mails) == 1
+    finally:
+        server.stop()

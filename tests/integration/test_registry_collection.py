@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
+from edge_fixture import eventually
 from registry_fixture import registries  # noqa: F401 # pylint: disable=unused-import
-from test_host_roles import PREFIX, Registry, begin, free_port, needs, registry  # noqa: F401 # pylint: disable=unused-import
+from test_host_roles import PREFIX, PUSH, Registry, begin, free_port, needs, registry  # noqa: F401 # pylint: disable=unused-import
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.client import RegistryClient
@@ -27,6 +28,9 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests im
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transfer import Rules, Wish, promote
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted
+
+#: Where the process that collects is noted.
+NOTE = Path(f"/run/{PREFIX}-collection.pid")
 
 
 def push_image(client: RegistryClient, repository: str, tag: str, *layers: bytes) -> Manifest:
@@ -109,11 +113,9 @@ def test_registry_collects_beside_pulls_and_breaks_no_promotion(registry: Regist
     assert_whole(client, "team/source", "sha-old")
 
 
-def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: Registry) -> None:
-    client = registry.client()
-    old = push_image(client, "team/killed", "sha-old", b"what is needed by nobody either")
-    client.delete_manifest("team/killed", old.digest)
-    with begin("registry", registry.variables(), tasks_from="collect", folder=registry.folder) as killed:
+def kill_while_it_collects(registry: Registry, **changes: t.Any) -> None:
+    """Begin a collection, and kill the run with all it started once pushes are refused."""
+    with begin("registry", registry.variables(**changes), tasks_from="collect", folder=registry.folder) as killed:
         try:
             while True:
                 try:
@@ -124,17 +126,27 @@ def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: R
                 assert killed.poll() is None
         finally:
             os.killpg(killed.pid, signal.SIGKILL)
-    assert not registry.takes_pushes()
-    # A collection that goes on, stood for by another process of the same program that does not end by itself.
+
+
+def stand_in_for_a_collection(registry: Registry) -> subprocess.Popen[bytes]:
+    """A collection that goes on: another process of the same program that does not end by itself."""
     settings = yaml.safe_load((registry.home / "collecting.yml").read_text())
     settings["http"]["addr"] = f"127.0.0.1:{free_port()}"
     (registry.folder / "outlived.yml").write_text(json.dumps(settings))
-    outlived = subprocess.Popen(
-        ["docker-registry", "serve", str(registry.folder / "outlived.yml")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = ["docker-registry", "serve", str(registry.folder / "outlived.yml")]
+    outlived = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    NOTE.write_text(f"{outlived.pid}\n")
+    return outlived
+
+
+def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: Registry) -> None:
+    client = registry.client()
+    old = push_image(client, "team/killed", "sha-old", b"what is needed by nobody either")
+    client.delete_manifest("team/killed", old.digest)
+    kill_while_it_collects(registry)
+    assert not registry.takes_pushes()
+    outlived = stand_in_for_a_collection(registry)
     try:
-        note = Path(f"/run/{PREFIX}-collection.pid")
-        note.write_text(f"{outlived.pid}\n")
         metrics = f"127.0.0.1:{free_port()}"
         # What it refuses it refuses after that: version 2 would delete parts of indexes that have a tag.
         wish = {"registry_metrics_address": metrics, "registry_collect_untagged": True}
@@ -144,9 +156,31 @@ def test_registry_is_brought_back_after_a_collection_that_was_killed(registry: R
         outlived.kill()
         outlived.wait()
     assert registry.takes_pushes()
-    assert not note.exists() and not (registry.home / "collecting.yml").exists()
+    assert not NOTE.exists() and not (registry.home / "collecting.yml").exists()
     with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
         assert b"registry_http_requests_total" in answer.read()
+
+
+def test_registry_that_no_run_comes_back_to_takes_pushes_again_by_itself(registry: Registry) -> None:
+    client, log = registry.client(), registry.home / "guard.log"
+    old = push_image(client, "team/left", "sha-old", b"what is left over")
+    client.delete_manifest("team/left", old.digest)
+    kill_while_it_collects(registry, registry_collect_grace=10)
+    outlived = stand_in_for_a_collection(registry)
+    try:
+        # Longer than that the guard waits for the collection, however long it takes.
+        eventually(lambda: "is waited for" in log.read_text(), "the guard to see the collection")
+        assert not registry.takes_pushes()
+    finally:
+        outlived.kill()
+        outlived.wait()
+    eventually(lambda: "takes pushes again" in log.read_text(), "the guard to act")
+    eventually(lambda: registry.status("ci", PUSH) == "200", "an answer of the registry")
+    assert registry.takes_pushes()
+    assert not (registry.home / "collecting.yml").exists() and not NOTE.exists()
+    # It left nothing to mend.
+    pid = registry.pid
+    assert registry.run().ok().changed == 0 and registry.pid == pid
 
 
 def test_registry_frees_what_nobody_needs_and_forgets_it(registry: Registry) -> None:

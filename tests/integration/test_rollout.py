@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -21,7 +20,7 @@ from grpc_fixture import start_grpc
 from rollout_fixture import Load, Proxy, Site, kill_at, lines_of
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.releases import Journal, fold, process_started
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import MARKER, _marked
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import MARKER, _marked, find_plugin
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import read_confirm
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import edge_from
 
@@ -58,6 +57,7 @@ def test_start_first_loses_no_request(site: Site, proxy: Proxy) -> None:
     assert result["services"]["web"]["strategy"] == "start_first" and result["services"]["web"]["cut"] == 0
     assert {"start", "ready", "switch", "stop"} <= set(result["services"]["web"]["phases"])
     assert result["plan"]["services"][0]["old"] == site.images["one"]
+    assert all(" s" in line.rpartition(", about ")[2] for line in result["lines"]), result["lines"]
     assert len(proxy.upstreams()) == 1 and proxy.upstreams()[0].endswith(":8080 ready")
     assert site.containers("web", running=False) == old, "kept until the commit"
     site.commit(release)
@@ -397,14 +397,14 @@ def test_a_compose_that_outlives_its_module_creates_nothing_behind_undo(site: Si
     site.deploy("one")
     before = site.containers()
     release = site.release("two")
-    slow = tmp_path / "bin"
+    slow = tmp_path / "cli-plugins"
     slow.mkdir()
     # Its output goes nowhere, or the pipe that nobody reads any more would end it.
-    (slow / "docker").write_text(
-        f"#!/bin/sh\ncase \"$*\" in *--no-start*web*) touch {slow}/called; sleep 4; exec >/dev/null 2>&1;; esac\nexec {shutil.which('docker')} \"$@\"\n"
+    (slow / "docker-compose").write_text(
+        f"#!/bin/sh\ncase \"$*\" in *--no-start*web*) touch {slow}/called; sleep 4; exec >/dev/null 2>&1;; esac\nexec {find_plugin()} \"$@\"\n"
     )
-    (slow / "docker").chmod(0o755)
-    process = site.start(**release, phases=["pull", "dependencies", "roll"], PATH=f"{slow}:{os.environ['PATH']}")
+    (slow / "docker-compose").chmod(0o755)
+    process = site.start(**release, phases=["pull", "dependencies", "roll"], DOCKER_CONFIG=str(tmp_path))
     while not (slow / "called").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
@@ -491,6 +491,25 @@ def test_refuses_what_compose_would_do_to_running_containers(site: Site) -> None
     site.compose["services"]["web"]["container_name"] = f"{site.project}-fixed"
     _refused(site, site.release("two"), "container_name")
     del site.compose["services"]["web"]["container_name"]
+    site.compose["networks"] = {"default": {"labels": {"changed": "1"}}}
+    _refused(site, site.release("two"), f"{site.project}_default", "stop every container")
+
+
+def test_compose_is_asked_about_networks_only_where_something_can_have_changed(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = tmp_path / "cli-plugins" / "docker-compose"
+    plugin.parent.mkdir()
+    plugin.write_text(f"#!/bin/sh\ncase \"$*\" in *--dry-run*) echo >>{tmp_path}/asked;; esac\nexec {find_plugin()} \"$@\"\n")
+    plugin.chmod(0o755)
+    (tmp_path / "asked").touch()
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    site.deploy("one")
+    site.deploy("two")
+    assert (tmp_path / "asked").read_text() == "", "the first release has made them, the second leaves them as they are"
+    plugin.write_text(plugin.read_text() + "\n")
+    site.deploy("one")
+    assert (tmp_path / "asked").read_text() == "\n", "another Compose may see them in another way"
     site.compose["networks"] = {"default": {"labels": {"changed": "1"}}}
     _refused(site, site.release("two"), f"{site.project}_default", "stop every container")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), *(str(Path(__file__).parents[1] / name) for name in ("", "integration"))]
-from machine import Machine  # noqa: E402
+from machine import REGISTRY, Machine  # noqa: E402
 from test_host_roles import PULL, PUSH, Registry, begin  # noqa: E402
 from test_registry_collection import assert_whole, push_image  # noqa: E402
 
@@ -45,7 +45,7 @@ class RegistryHost(Registry):
         return int(self.unit("MainPID"))
 
     def unit(self, name: str) -> str:
-        return self.machine.run("systemctl", "show", "--property", name, "--value", NAME)
+        return self.machine.unit(NAME, name)
 
     def variables(self, **changes: t.Any) -> dict[str, t.Any]:
         users = [{"name": "ci", "password": PUSH}, {"name": "production", "password": PULL}]
@@ -65,9 +65,11 @@ class RegistryHost(Registry):
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[RegistryHost]:
     folder = tmp_path_factory.mktemp("systemd")
-    machine = Machine(folder)
+    machine = Machine(folder, "registry", REGISTRY)
     try:
         machine.start()
+        # As the role leaves it where it installs the package itself.
+        machine.run("systemctl", "disable", "--quiet", "--now", "docker-registry")
         made = RegistryHost(folder, 5000, machine=machine)
         assert made.run().ok().changed > 0
         yield made

@@ -54,7 +54,7 @@ def describe_images(references: t.Sequence[str], options: ClientOptions, questio
         check_platform(questions.platform)
     patterns = [_pattern(text) for text in questions.tags]
     parsed = [Reference.parse(text) for text in references]
-    with Registries() as registries, ThreadPoolExecutor(options.concurrency) as workers:
+    with Registries() as registries, ThreadPoolExecutor(options.questions) as workers:
 
         def expand(text: str, reference: Reference) -> list[tuple[str, Reference]]:
             if not patterns or reference.tag or reference.digest:

@@ -23,6 +23,8 @@ CONNECTION_ARGUMENTS: dict[str, t.Any] = {
     "timeout": {"type": "float", "default": 60.0},
     "concurrency": {"type": "int", "default": 4},
 }
+#: Questions have no body to speak of, and each costs a wait: so many of them go beside each other for one blob that flows.
+_QUESTIONS_PER_BLOB = 4
 CREDENTIAL_ARGUMENTS: dict[str, t.Any] = {
     "username": {"type": "str"},
     "password": {"type": "str", "no_log": True},
@@ -49,7 +51,7 @@ SIDE_ARGUMENTS: dict[str, t.Any] = {
 
 @dataclass(frozen=True)
 class ClientOptions:
-    """Plain values; ``timeout`` in seconds for each wait on the network, ``concurrency`` in connections."""
+    """Plain values; ``timeout`` in seconds for each wait on the network, ``concurrency`` in blobs that flow side by side."""
 
     username: str | None = None
     password: str | None = None
@@ -76,6 +78,11 @@ class ClientOptions:
                 f"retries {self.retries}, timeout {self.timeout}, concurrency {self.concurrency}",
                 "retries is 0 or more, timeout more than 0 seconds, concurrency 1 to 64.",
             )
+
+    @property
+    def questions(self) -> int:
+        """How many questions a registry gets at a time."""
+        return self.concurrency * _QUESTIONS_PER_BLOB
 
     def __repr__(self) -> str:
         # Tracebacks and logs show this object; they must not show what is in it.

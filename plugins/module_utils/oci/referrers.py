@@ -37,14 +37,15 @@ _WRITE_ATTEMPTS = 8
 
 
 def list_referrers(
-    client: RegistryClient, repository: str, digest: str, artifact_type: str | None = None, tags: frozenset[str] | None = None
+    client: RegistryClient, repository: str, digest: str, artifact_type: str | None = None, known: bool = False
 ) -> list[Descriptor]:
     """Everything that names ``digest`` as its subject, from the API, the fallback tag and our own tags, each once.
 
-    ``tags``: all of the repository, where the caller has them already; then no tag is asked for that is not among them.
+    ``known``: by the tags as they were when first asked in this run; then no tag is asked for that is not among them.
     """
     entries: dict[str, dict[str, t.Any]] = {}
     from_api = list_api(client, repository, digest)
+    tags = client.known_tags(repository) if known else None
     from_fallback = _from_fallback(client, repository, digest) if tags is None or digest_tag(digest) in tags else []
     for entry in (from_api or []) + from_fallback:
         entries.setdefault(entry["digest"], entry)

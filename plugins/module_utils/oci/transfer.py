@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import re
 import threading
+import time
 import typing as t
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -27,12 +28,15 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.oci.manifests im
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.options import ClientOptions
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.reference import Reference, check_digest, check_tag, digest_tag
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.referrers import COSIGN_SUFFIXES, list_referrers, put_referrers
+from ansible_collections.selfhost.delivery.plugins.module_utils.oci.remembered import Remembered
 from ansible_collections.selfhost.delivery.plugins.module_utils.oci.transport import Interrupted, Patience
 
 #: Large reads keep SHA-256 and TLS busy outside the interpreter lock; two buffers a thread.
 _CHUNK = 1024 * 1024
 #: How much of the destination is looked at before it is believed, the most first; image_promote documents them.
 VERIFY = ("blobs", "manifests", "tag")
+#: Seconds for which a look at an immutable tag holds. No registry writes a tag "unless it changed", so some window is left in any case.
+_FRESH = 1.0
 _T = t.TypeVar("_T")
 _R = t.TypeVar("_R")
 
@@ -155,8 +159,9 @@ def promote(
             raise DeliveryError(
                 f"read the pattern {pattern!r} of immutable_tags", str(exc), "Write a Python regular expression.", "config"
             ) from exc
-    with Registries() as registries, _Workers(rules.concurrency) as leaves, _Workers(min(rules.concurrency, max(len(wishes), 1))) as images:
-        probes = _Probes()
+    several = min(rules.concurrency, max(len(wishes), 1))
+    with Registries() as registries, _Workers(destination.questions) as leaves, _Workers(several) as images:
+        probes, remembered = _Probes(), Remembered()
         promotions = [
             _Promotion(
                 wish,
@@ -165,12 +170,13 @@ def promote(
                 registries.client(wish.destination.registry, destination),
                 leaves,
                 probes,
+                remembered,
             )
             for wish in wishes
         ]
         images.map(lambda promotion: promotion.plan(), promotions)
         _refuse_collisions(promotions)
-        _copy_blobs(promotions, leaves, check)
+        _copy_blobs(promotions, leaves, rules, check)
         if not check:
             # One image under several tags: distribution empties its link for a moment each time it is written, and a reader gets a 500.
             same: dict[tuple[str, str], list[_Promotion]] = {}
@@ -178,7 +184,19 @@ def promote(
                 same.setdefault((promotion.wish.destination.name, promotion.root.digest), []).append(promotion)
             images.map(_write_all, same.values())
             images.map(_move_all_tags, same.values())
+            if rules.verify != "tag":
+                remembered.note((promotion.tree for promotion in promotions), _names(promotions))
         return [promotion.outcome for promotion in promotions]
+
+
+def _names(promotions: t.Iterable[_Promotion]) -> dict[str, str]:
+    """What each tag that took part names now."""
+    found: dict[str, str] = {}
+    for promotion in promotions:
+        if promotion.wish.source.tag and not promotion.wish.source.digest:
+            found[str(promotion.wish.source)] = promotion.outcome.source_digest
+        found.update((promotion.name_of(tag), promotion.root.digest) for tag in promotion.wish.tags)
+    return found
 
 
 def _write_all(promotions: t.Iterable[_Promotion]) -> None:
@@ -268,7 +286,14 @@ class _Promotion:
     """One image on its way: ``plan`` reads and decides, ``write`` and ``move_tags`` do."""
 
     def __init__(
-        self, wish: Wish, rules: Rules, source: RegistryClient, destination: RegistryClient, workers: _Workers, probes: _Probes
+        self,
+        wish: Wish,
+        rules: Rules,
+        source: RegistryClient,
+        destination: RegistryClient,
+        workers: _Workers,
+        probes: _Probes,
+        remembered: Remembered,
     ) -> None:
         self.wish = wish
         self.rules = rules
@@ -276,6 +301,7 @@ class _Promotion:
         self.destination = destination
         self.workers = workers
         self.probes = probes
+        self.remembered = remembered
         self.source_repo = wish.source.repository
         self.target_repo = wish.destination.repository
         self.same_registry = wish.source.registry == wish.destination.registry
@@ -284,6 +310,13 @@ class _Promotion:
         self.blobs: list[_Blob] = []
         self.lock = threading.Lock()
         self.root: Manifest
+        #: What is promoted, children first and the root last.
+        self.tree: list[Manifest] = []
+        #: When the tags of the destination were looked at.
+        self._looked = 0.0
+        #: Answers to questions that were asked before it was known that they matter: manifests there, and what belongs to a subject.
+        self._there_ahead: dict[str, Manifest | None] = {}
+        self._surveys_ahead: dict[str, _Belongings] = {}
         #: Whether a tag of the destination names the source's digest, so that what is below it is probably there too.
         self._expected_there = False
         self._seen_there: set[str] = set()
@@ -303,7 +336,7 @@ class _Promotion:
         else:
             self._expected_there = not self.same_repo and any(tagged and tagged.digest == found.digest for tagged in present)
             tree = self._choose(found)
-        self.root = tree[-1]
+        self.tree, self.root = tree, tree[-1]
         self.outcome.digest, self.outcome.media_type = self.root.digest, self.root.media_type
         expected = self.wish.expected_digest
         if expected and expected not in (found.digest, self.root.digest):
@@ -327,10 +360,48 @@ class _Promotion:
             # Equal digests are equal bytes, so the destination's own answer says all that is to be known.
             digest, *present = self.workers.map(_ask, [self._source_digest, *tags])
             return present[0] if digest and self._believed(digest, present) else whole(), present
+        questions: list[t.Callable[[], t.Any]] = []
         if self.rules.verify != "tag" and self._with_referrers:
-            tags.append(functools.partial(self.source.known_tags, self.source_repo))
-        found, *present = self.workers.map(_ask, [whole, *tags])
+            questions.append(functools.partial(self.source.known_tags, self.source_repo))
+        guess = self._guess()
+        if guess:
+            questions += self._ask_ahead(guess)
+            digest, *present = self.workers.map(_ask, [self._source_digest, *tags, *questions])
+            found = guess[-1] if digest == guess[-1].digest else whole()
+        else:
+            found, *present = self.workers.map(_ask, [whole, *tags, *questions])
         return found, present[: len(self.wish.tags)]
+
+    def _guess(self) -> list[Manifest]:
+        """What the source probably is, children first: then all that is asked about it can be asked at once."""
+        if self.rules.verify == "tag" or self.rules.platforms:
+            return []
+        return self.remembered.tree(self.wish.source.digest or self.remembered.named(str(self.wish.source)))
+
+    def _ask_ahead(self, guess: list[Manifest]) -> list[t.Callable[[], t.Any]]:
+        """Questions about ``guess`` that do not wait for its being right; who comes to them later finds them answered."""
+        root = guess[-1].digest
+        here = self.same_repo or any(self.remembered.named(self.name_of(tag)) == root for tag in self.wish.tags)
+        questions: list[t.Callable[[], t.Any]] = []
+        # Where a tag names the root already, its own answer is the root's.
+        questions += [functools.partial(self._look_ahead, manifest.digest) for manifest in (guess[:-1] if here else guess)]
+        if self._with_referrers:
+            questions += [functools.partial(self._survey_ahead, manifest.digest) for manifest in guess]
+        if self.rules.verify == "blobs":
+            # What is not here will be copied, which shows it, or mounted.
+            ask = self._probe if here else self.probe_source
+            if here or self.same_registry:
+                questions += [functools.partial(ask, blob) for manifest in guess for blob in manifest.blobs]
+        return questions
+
+    def _look_ahead(self, digest: str) -> None:
+        self._there_ahead[digest] = self.destination.manifest(self.target_repo, digest)
+
+    def _survey_ahead(self, subject: str) -> None:
+        self._surveys_ahead[subject] = self._survey(subject)
+
+    def name_of(self, tag: str) -> str:
+        return f"{self.wish.destination.name}:{tag}"
 
     def _source_digest(self) -> str | None:
         return self.wish.source.digest or self.source.manifest_digest(self.source_repo, self.wish.source.version)
@@ -375,7 +446,10 @@ class _Promotion:
         return list({manifest.digest: manifest for manifest in tree}.values())
 
     def _read_child(self, child: Descriptor) -> Manifest:
-        manifest = self.destination.manifest(self.target_repo, child.digest) if self._expected_there else None
+        if child.digest in self._there_ahead:
+            manifest = self._there_ahead[child.digest]
+        else:
+            manifest = self.destination.manifest(self.target_repo, child.digest) if self._expected_there else None
         if manifest:
             # Equal digests are equal bytes, and that it is there need not be asked any more.
             self._seen_there.add(child.digest)
@@ -393,6 +467,7 @@ class _Promotion:
     def _note_tags(self, named: t.Sequence[Manifest | None]) -> Manifest | None:
         """Note what each tag names now, refuse to move an immutable one, and return the root where a tag has it."""
         there = None
+        self._looked = time.monotonic()
         for tag, present in zip(self.wish.tags, named):
             self.outcome.tags_before[tag] = present.digest if present else None
             if present and present.digest == self.root.digest:
@@ -436,6 +511,8 @@ class _Promotion:
         if self.rules.verify == "tag" and self.wish.tags and manifest is self.root:
             # Written anyway, with the tag; whether it is there without one is not worth a question.
             return True
+        if manifest.digest in self._there_ahead:
+            return self._there_ahead[manifest.digest] is None
         return self.destination.manifest(self.target_repo, manifest.digest) is None
 
     def _plan_blobs(self, needed: list[Descriptor]) -> None:
@@ -466,7 +543,12 @@ class _Promotion:
     def _probe(self, blob: Descriptor) -> str:
         return self.probes.state(self.destination, self.target_repo, blob)
 
+    def probe_source(self, blob: Descriptor) -> str:
+        return self.probes.state(self.source, self.source_repo, blob)
+
     def _survey(self, subject: str) -> _Belongings:
+        if subject in self._surveys_ahead:
+            return self._surveys_ahead[subject]
         listed = self._listed(self.source, self.source_repo, subject)
         here = self._listed(self.destination, self.target_repo, subject) if listed else set()
         found = _Belongings(subject, sorted(listed), here, [])
@@ -520,12 +602,7 @@ class _Promotion:
     @staticmethod
     def _listed(client: RegistryClient, repository: str, subject: str) -> set[str]:
         # One list of all tags answers for every image of the call.
-        tags = client.known_tags(repository)
-        if client.referrers_api is False and tags is not None:
-            prefix = digest_tag(subject)
-            if not any(tag == prefix or tag.startswith(f"{prefix}.") for tag in tags):
-                return set()
-        return {item.digest for item in list_referrers(client, repository, subject, tags=tags)}
+        return {item.digest for item in list_referrers(client, repository, subject, known=True)}
 
     @staticmethod
     def _tagged(client: RegistryClient, repository: str, tag: str) -> Manifest | None:
@@ -551,7 +628,7 @@ class _Promotion:
         """Write the tags that do not name the image yet, and read every one back."""
         told = set()
         moving = [tag for tag, before in self.outcome.tags_before.items() if before != self.root.digest]
-        if self.rules.verify != "tag" or self.outcome.bytes_copied:
+        if self.outcome.bytes_copied or time.monotonic() - self._looked > _FRESH:
             # Somebody may have written them since the plan.
             guarded = [tag for tag in moving if self.rules.immutable(tag)]
             for tag, present in zip(guarded, self.workers.map(functools.partial(self.destination.manifest, self.target_repo), guarded)):
@@ -585,7 +662,7 @@ class _Promotion:
 # -- blobs ---------------------------------------------------------------------------------------------------------
 
 
-def _copy_blobs(promotions: t.Sequence[_Promotion], workers: _Workers, check: bool) -> None:
+def _copy_blobs(promotions: t.Sequence[_Promotion], workers: _Workers, rules: Rules, check: bool) -> None:
     """Copy all missing blobs side by side, the largest first; a blob that several images need travels once. ``check``: only count them."""
     groups: dict[tuple[int, str], list[_Blob]] = {}
     for promotion in promotions:
@@ -594,10 +671,29 @@ def _copy_blobs(promotions: t.Sequence[_Promotion], workers: _Workers, check: bo
         for blob in promotion.blobs:
             groups.setdefault((id(promotion.destination), blob.descriptor.digest), []).append(blob)
     ordered = sorted(groups.values(), key=lambda group: group[0].descriptor.size, reverse=True)
-    workers.map(lambda group: _place(group, workers.stop, check), ordered)
+    streams = threading.BoundedSemaphore(rules.concurrency)
+    work: list[t.Callable[[], None]] = [functools.partial(_place, group, workers.stop, streams, check) for group in ordered]
+    if rules.verify != "tag" and not check:
+        # A mount gives another name to the source's file, which may be gone or cut short: look at it meanwhile.
+        work += [functools.partial(_see_mounted, blob) for group in ordered for blob in group if blob.mount_from]
+    workers.map(_ask, work)
 
 
-def _place(group: list[_Blob], stop: threading.Event, check: bool) -> None:
+def _see_mounted(blob: _Blob) -> None:
+    _believe(blob, blob.promotion.probe_source(blob.descriptor))
+
+
+def _believe(blob: _Blob, state: str) -> None:
+    if state != "present":
+        raise DeliveryError(
+            f"place {blob.descriptor.digest} in {blob.promotion.wish.destination.name}",
+            f"the registry took it, and it is {state} there",
+            "Its storage is damaged: restart it, delete that blob there, then run again.",
+            "transport",
+        )
+
+
+def _place(group: list[_Blob], stop: threading.Event, streams: threading.BoundedSemaphore, check: bool) -> None:
     """Bring one blob to all repositories of one registry that lack it."""
     home = ""
     for blob in group:
@@ -610,17 +706,10 @@ def _place(group: list[_Blob], stop: threading.Event, check: bool) -> None:
         if check:
             copied = None if mount_from else blob.descriptor.size
         else:
-            copied = _copy(promotion, blob.descriptor, mount_from, stop)
-        if not check and ((copied is None and promotion.rules.verify != "tag") or blob.damaged):
-            # No byte of a mounted blob was seen, and a registry may keep the damaged file: ask for it.
-            state = promotion.destination.probe_blob(promotion.target_repo, blob.descriptor)
-            if state != "present":
-                raise DeliveryError(
-                    f"place {blob.descriptor.digest} in {promotion.wish.destination.name}",
-                    f"the registry took it, and it is {state} there",
-                    "Its storage is damaged: restart it, delete that blob there, then run again.",
-                    "transport",
-                )
+            copied = _copy(promotion, blob.descriptor, mount_from, stop, streams)
+        if not check and blob.damaged:
+            # A registry may keep the damaged file.
+            _believe(blob, promotion.destination.probe_blob(promotion.target_repo, blob.descriptor))
         _count(promotion, "mounted" if copied is None else "copied", copied or 0)
         home = promotion.target_repo
 
@@ -631,15 +720,23 @@ def _count(promotion: _Promotion, what: str, size: int = 0) -> None:
         promotion.outcome.bytes_copied += size
 
 
-def _copy(promotion: _Promotion, blob: Descriptor, mount_from: str, stop: threading.Event) -> int | None:
-    """Mount or stream one blob; returns its size, ``None`` when it was mounted.
+def _copy(
+    promotion: _Promotion, blob: Descriptor, mount_from: str, stop: threading.Event, streams: threading.BoundedSemaphore
+) -> int | None:
+    """Mount or stream one blob; returns its size, ``None`` when it was mounted."""
+    location = promotion.destination.mount_blob(promotion.target_repo, blob, mount_from) if mount_from else ""
+    if location is None:
+        return None
+    with streams:
+        return _stream(promotion, blob, location, stop)
+
+
+def _stream(promotion: _Promotion, blob: Descriptor, location: str, stop: threading.Event) -> int:
+    """Upload one blob, to ``location`` where an upload is open already; returns its size.
 
     An upload that breaks off goes on where the registry says it stopped, else begins anew; both within the budget of retries.
     """
     repository, target = promotion.target_repo, promotion.destination
-    location = target.mount_blob(repository, blob, mount_from) if mount_from else ""
-    if location is None:
-        return None
     offset = 0
     patience = Patience(target.transport.policy, stop.wait)
     try:

@@ -192,7 +192,7 @@ class Transport:
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[http.client.HTTPConnection]] = {}
         # Whoever asks, from however many threads: no more questions at a time than the registry was to get.
-        self._turns = threading.BoundedSemaphore(options.concurrency)
+        self._turns = threading.BoundedSemaphore(options.questions)
         self._tls: ssl.SSLContext | None = None
         self.policy = RetryPolicy(options.retries)
 

@@ -83,6 +83,11 @@ class Host:
         os.makedirs(release_path(self.spec.project_dir, self.spec.release_id), 0o750, exist_ok=True)
         write_json(rollout_path(self.spec.project_dir, self.spec.release_id), known)
 
+    def note_record(self, **more: t.Any) -> None:
+        """Add to ``rollout.json`` what a later release may ask for."""
+        record = read_rollout(self.spec.project_dir, self.spec.release_id) or {}
+        write_json(rollout_path(self.spec.project_dir, self.spec.release_id), {**record, **more})
+
     def _before(self) -> dict[str, t.Any]:
         previous = None
         current = current_id(self.spec.project_dir)
@@ -171,14 +176,30 @@ class Host:
             raise
         self._write("end", step, service, ended, undoing)
 
+    def tell(self, steps: t.Iterable[t.Mapping[str, t.Any]]) -> None:
+        """Write down steps that are the controller's, ``{step, event, data, ttl}``, and renew its lease for them; nothing without a lease.
+
+        A task of its own for each would start a module on the host for one line.
+        """
+        if self.lease is None:
+            return
+        for one in steps:
+            try:
+                self.lease.renew(one["step"], one.get("ttl"))
+                self.journal.append_once(one["event"], one["step"], data=one.get("data"))
+            except OSError as exc:
+                raise self._unwritable(exc) from exc
+
     def _write(self, event: str, step: str, service: str | None, data: t.Mapping[str, t.Any], may_fail: bool) -> None:
         try:
             self.journal.append(event, step, service, data)
         except OSError as exc:
             if not may_fail:
-                raise DeliveryError(
-                    f"Writing the journal {self.journal.path}", exc.strerror or str(exc), "Make room, or make it writable.", "capacity"
-                ) from exc
+                raise self._unwritable(exc) from exc
+
+    def _unwritable(self, exc: OSError) -> DeliveryError:
+        tried = f"Writing the journal {self.journal.path}"
+        return DeliveryError(tried, exc.strerror or str(exc), "Make room, or make it writable.", "capacity")
 
     # -- containers
 

@@ -14,6 +14,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.engine import HA
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.batches import Limits, limits_of
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import HOLD_REMEDY, HOLDING, WEIGHING
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.history import Expected, seconds
 
 PHASES = ("preflight", "pull", "dependencies", "hold", "migrate", "roll", "bake")
 STRATEGIES = ("auto", "start_first", "stop_first", "blue_green", "canary")
@@ -194,6 +195,7 @@ class Plan:
     migrator: Step | None
     services: tuple[Step, ...]
     warnings: tuple[str, ...] = ()
+    expected: Expected = Expected()
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -205,10 +207,11 @@ class Plan:
 
     @property
     def lines(self) -> list[str]:
-        """For people: one aligned line a service that changes."""
+        """For people: one aligned line a service that changes, then how long it will take where that is known."""
         shown = [step for step in self.steps if step.changes]
         width = max((len(step.service) for step in shown), default=0)
-        return [_line(step, width) for step in shown]
+        lines = [_line(step, width, self.expected.services.get(step.service)) for step in shown]
+        return [*lines, self.expected.line] if lines and self.expected.line else lines
 
     def as_dict(self) -> dict[str, t.Any]:
         return {
@@ -216,13 +219,15 @@ class Plan:
             "migrator": self.migrator.as_dict() if self.migrator else None,
             "services": [step.as_dict() for step in self.services],
             "warnings": list(self.warnings),
+            "expected": self.expected.as_dict(),
         }
 
 
-def _line(step: Step, width: int) -> str:
+def _line(step: Step, width: int, taken: float | None) -> str:
     images = short_image(step.new) if step.old in ("", step.new) else f"{short_image(step.old)} -> {short_image(step.new)}"
     how = {"roll": step.strategy, "swap": "swap", "create": "new", "start": "start again", "run": "run once"}[step.action]
-    return f"{step.service:<{width}}  {images}  {how}" + (f" ({step.reason})" if step.reason else "")
+    about = f", about {seconds(taken)}" if taken is not None else ""
+    return f"{step.service:<{width}}  {images}  {how}" + (f" ({step.reason})" if step.reason else "") + about
 
 
 def short_image(reference: str) -> str:

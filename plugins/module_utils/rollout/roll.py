@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import typing as t
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import short_id
@@ -39,6 +41,8 @@ class Move:
     phases: dict[str, float] = field(default_factory=dict)
     cut: int = 0
     seconds: float = 0.0
+    #: Set when all the new ones are ready and have the requests; only the old ones are left to be drained and stopped then.
+    serves: threading.Event = field(default_factory=threading.Event)
 
     @property
     def service(self) -> str:
@@ -60,7 +64,23 @@ class Roller:
         self.host = host
         self.warnings: list[str] = []
 
-    def run(self, move: Move) -> None:
+    def run(self, moves: t.Sequence[Move]) -> None:
+        """One after the other. What has no route does not wait for the old ones of the service before it to be drained and stopped, which
+        may take as long as their slowest request; what has one does, so that the edge is asked one thing at a time."""
+        with ThreadPoolExecutor(max_workers=max(len(moves), 1)) as pool:
+            begun: list[Future[None]] = []
+            for move in moves:
+                if move.port is not None:
+                    wait(begun)
+                if any(one.done() and one.exception() for one in begun):
+                    break
+                begun.append(pool.submit(self._run, move))
+                begun[-1].add_done_callback(lambda dummy, serves=move.serves: serves.set())  # type: ignore[misc]
+                move.serves.wait()
+        for one in begun:
+            one.result()
+
+    def _run(self, move: Move) -> None:
         with self._journalled(move):
             if move.step.strategy == "canary" and move.old:
                 self._canary(move)
@@ -78,9 +98,7 @@ class Roller:
             for move in moves:
                 self._smoke(move, move.new)
             for move in moves:
-                if move.port is not None:
-                    with move.timed("switch"):
-                        self.host.let_in(move.service, move.port, self._addresses(move.new))
+                self._let_in(move)
             self._keep(moves)
             self.host.side_by_side(self._leave_old, moves)
 
@@ -109,6 +127,9 @@ class Roller:
                 self._smoke(move, fresh)
             up += fresh
             going, left = left[: batch.after], left[batch.after :]
+            if len(up) == len(move.new):
+                self._let_in(move)
+                move.serves.set()
             self._point(move, [*up, *left])
             self._retire(move, going)
             if len(planned) > 1:
@@ -199,6 +220,11 @@ class Roller:
         with move.timed(phase):
             switched = self.host.point(move.service, move.port, self._addresses(serving), move.given.drain_timeout)
         move.cut += switched["cut"]
+
+    def _let_in(self, move: Move) -> None:
+        if move.port is not None:
+            with move.timed("switch"):
+                self.host.let_in(move.service, move.port, self._addresses(move.new))
 
     def _retire(self, move: Move, containers: t.Sequence[str]) -> None:
         with move.timed("stop"):

@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import socket
 import stat
 import time
 import typing as t
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.engine import PROJECT_LABEL, SERVICE_LABEL, short_id
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
@@ -29,6 +32,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import u
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import OLDEST_COMPOSE, Compose, parse_version
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.confirm import Waiter
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import WEIGHING
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.history import expected
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host import (
     Container,
     Host,
@@ -48,12 +52,19 @@ PARALLEL_PULLS = 2
 
 
 def apply(
-    spec: Spec, phases: t.Sequence[str] = PHASES, run_id: str = "", take_back: bool = True, check_mode: bool = False
+    spec: Spec,
+    phases: t.Sequence[str] = PHASES,
+    run_id: str = "",
+    take_back: bool = True,
+    check_mode: bool = False,
+    journal: t.Mapping[str, t.Any] | None = None,
 ) -> dict[str, t.Any]:
     """Run ``phases`` in their order; the module's result. On failure: take back (when asked), then raise the first error.
 
-    Nothing is changed when ``check_mode`` is set or when ``phases`` is only ``preflight``.
+    Nothing is changed when ``check_mode`` is set or when ``phases`` is only ``preflight``, but for the ``journal``: steps of the
+    controller that are written ``before`` the first phase, and ``after`` the last when all went well (see ``Host.tell``).
     """
+    told = {} if check_mode else journal or {}
     rollout = Rollout(spec, run_id)
     with contextlib.ExitStack() as stack:
         changing = not check_mode and set(phases) - {"preflight"}
@@ -66,12 +77,14 @@ def apply(
                 rollout.waiter = Waiter(spec.project_dir, spec.release_id, spec.confirm_within, lambda: undo.go_back_alone(spec, run_id))
             if lease is not None:
                 stack.enter_context(Keepalive(lease, ttl=float((lease.read() or {}).get("ttl") or 900)))
+        rollout.host.tell(told.get("before") or ())
         rollout.read()
         if "preflight" in phases:
             with rollout.timed("preflight"):
                 rollout.preflight()
         planned = rollout.plan
         if not changing:
+            rollout.host.tell(told.get("after") or ())
             rollout.changed = bool(set(phases) - {"preflight"}) and planned.changes
             return rollout.result(planned)
         try:
@@ -79,6 +92,7 @@ def apply(
                 if phase in phases:
                     with rollout.timed(phase):
                         getattr(rollout, phase)()
+            rollout.host.tell(told.get("after") or ())
         except (DeliveryError, OSError) as caught:
             exc = caught if isinstance(caught, DeliveryError) else _unwritable(spec, caught)
             exc.details.update(rollout.result(planned), changed=rollout.changed)
@@ -148,6 +162,8 @@ class Rollout:
         planning.check_names(self.spec, self.model)
         planning.check_images(self.spec, self.model)
         self.replan()
+        migrator = self.spec.migrator.service if self.spec.migrator else ""
+        self.plan = replace(self.plan, expected=expected(self.spec.project_dir, self.spec.release_id, migrator))
         self.warnings = [*warnings, *self.plan.warnings]
 
     def replan(self) -> None:
@@ -289,6 +305,11 @@ class Rollout:
 
     def _check_networks(self) -> None:
         """Compose remakes a network whose definition changed, and stops every container on it for that."""
+        current = current_id(self.spec.project_dir)
+        before = read_rollout(self.spec.project_dir, current) if current else None
+        known = self._networks()
+        if known and before is not None and before.get("networks") == known:
+            return
         present = [one["ImageID"] for one in self.host.containers()]
         scales = {step.service: len(step.old_ids) + 1 for step in self.plan.steps if step.action in ("roll", "create", "run")}
         if not present or not scales:
@@ -300,6 +321,14 @@ class Rollout:
                 f"the definition of {', '.join(changed)} has changed; Compose would stop every container on it to make it again",
                 "Give the changed network a new name, or make the change by hand with `docker compose down` and `up`.",
             )
+
+    def _networks(self) -> str:
+        """Networks as this Compose has made them from these files; the same again: it would leave them alone. Empty: not known."""
+        there = sorted(one["Id"] for one in self.engine.networks({PROJECT_LABEL: self.spec.project}))
+        identity = self.compose.identity
+        if not identity or not there:
+            return ""
+        return hashlib.sha256(json.dumps([identity, there, self.model.get("networks")], sort_keys=True).encode()).hexdigest()
 
     # -- what was before
 
@@ -464,17 +493,18 @@ class Rollout:
                 self.changed = True
                 created = self._create(fresh)
                 ended["created"] = created
+                self.host.note_record(networks=self._networks())
         if self.waiter is not None:
             self.waiter.arm()
         self.changed = True
         roller = Roller(self.host)
         moves = [self._move(step, created.get(step.service, []), kept) for step in steps]
         group = [move for move in moves if move.step.strategy == "blue_green"]
-        for move in moves:
-            if move not in group:
-                roller.run(move)
-            elif move is group[0]:
-                roller.run_group(group, self.model["services"])
+        first = moves.index(group[0]) if group else len(moves)
+        roller.run(moves[:first])
+        if group:
+            roller.run_group(group, self.model["services"])
+            roller.run([move for move in moves[first:] if move not in group])
         for move in moves:
             self._report(move.step, move.phases, move.seconds, cut=move.cut, containers=move.new)
         self.warnings += roller.warnings

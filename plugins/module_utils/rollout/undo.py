@@ -357,8 +357,13 @@ def _app_containers(host: Host) -> dict[str, list[str]]:
 # -- finished
 
 
-def finish(project_dir: str, release_id: str, run_id: str = "", check_mode: bool = False) -> dict[str, t.Any]:
-    """At the commit: let requests through, which must work, and remove the old containers, where what fails only warns."""
+def finish(
+    project_dir: str, release_id: str, run_id: str = "", check_mode: bool = False, journal: t.Mapping[str, t.Any] | None = None
+) -> dict[str, t.Any]:
+    """At the commit: let requests through, which must work, and remove the old containers, where what fails only warns.
+
+    ``journal`` as in ``steps.apply``: with it, that the commit begins is written here.
+    """
     loaded = _load(project_dir, release_id, run_id)
     if loaded is None:
         return summary()
@@ -366,6 +371,7 @@ def finish(project_dir: str, release_id: str, run_id: str = "", check_mode: bool
     if check_mode:
         return summary(bool(_replaced(_Found(host, record), record.get("kept") or {})))
     with busy(project_dir):
+        host.tell((journal or {}).get("before") or ())
         # The commit has given the lease back. Whoever took it since tidies up at its own end, and may be holding writes.
         lock = host.lease.read() if host.lease is not None else None
         if lock is not None and lock["run_id"] != run_id:
@@ -381,21 +387,28 @@ def finish(project_dir: str, release_id: str, run_id: str = "", check_mode: bool
         # A hold that stays would refuse every write: that is no warning. The commit has begun, so the next run comes here again.
         _set_hold(host, "off")
         try:
-            replaced = _replaced(_Found(host, record), kept)
+            replaced = _replaced(_Found(host, record), kept).items()
+            gone = [(service, container) for service, ids in replaced for container in ids]
         except DeliveryError as exc:
             return summary(delivery_warnings=[*warnings, exc.message])
         for container, one in kept.items():
             done.setdefault(one["service"], {"action": "kept old", "containers": []})["containers"].append(container)
-        for service, ids in replaced.items():
-            for container in ids:
-                try:
-                    # Its volumes without a name may be the only copy of something: they stay.
-                    host.engine.remove(container)
-                    changed = True
-                    done.setdefault(service, {"action": "removed old", "containers": []})["containers"].append(container)
-                except DeliveryError as exc:
-                    warnings.append(exc.message)
+        for (service, container), failed in zip(gone, host.side_by_side(lambda one: _remove(host, one[1]), gone)):
+            if failed:
+                warnings.append(failed)
+            else:
+                changed = True
+                done.setdefault(service, {"action": "removed old", "containers": []})["containers"].append(container)
         return summary(changed, services=done, delivery_warnings=warnings)
+
+
+def _remove(host: Host, container: str) -> str:
+    """Why it could not be removed, or ''. Its volumes without a name may be the only copy of something: they stay."""
+    try:
+        host.engine.remove(container)
+    except DeliveryError as exc:
+        return exc.message
+    return ""
 
 
 def _end_kept_after(host: Host, seconds: float) -> None:

@@ -5,11 +5,17 @@
 """Keeps what an edge knows only in memory: which upstream is in which slot, and what is held.
 
 edge-state.py SOCKET save          write both where HAProxy reads them at its start; print the process id of its worker
+edge-state.py SOCKET begin STATE MARKER    before the first start of HAProxy since the machine's: empty all slots; MARKER, in /run,
+                                   notes that it was done
+edge-state.py SOCKET certificates FILE...  where HAProxy runs with another certificate than is in its file: give it that, without a reload;
+                                   print the files it was for
 edge-state.py SOCKET wait [PID]    until HAProxy answers, with another worker than PID; print its process id
 """
 
+import hashlib
 import os
 import socket
+import ssl
 import sys
 import tempfile
 import time
@@ -57,6 +63,39 @@ def save(target):
         write(hold_map, "".join(f"{entry[1]} {entry[2]}\n" for entry in entries if len(entry) == 3))
 
 
+def begin(state_file, marker):
+    if not os.path.exists(marker):
+        write(state_file, "1\n")
+        write(marker, "")
+
+
+def fingerprint(pem):
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    if begin not in pem or end not in pem:
+        raise ValueError("holds no certificate")
+    first = pem[pem.index(begin) : pem.index(end) + len(end)]
+    return hashlib.sha1(ssl.PEM_cert_to_DER_cert(first)).hexdigest().upper()  # HAProxy's choice, which only tells it apart
+
+
+def certificates(target, files):
+    """What HAProxy does not know yet is read with its next start or reload."""
+    if not os.path.exists(target):
+        return
+    for path in files:
+        shown = ask(target, f"show ssl cert {path}")
+        known = next((line.partition(": ")[2].strip() for line in shown.splitlines() if "FingerPrint" in line), "")
+        with open(path, encoding="ascii") as handle:
+            pem = "\n".join(line for line in handle.read().splitlines() if line.strip())
+        if not known or fingerprint(pem) == known:
+            continue
+        answer = ask(target, f"set ssl cert {path} <<\n{pem}\n")
+        done = ask(target, f"commit ssl cert {path}") if "ransaction created" in answer or "ransaction updated" in answer else answer
+        if "Success" not in done:
+            ask(target, f"abort ssl cert {path}")
+            raise ValueError(f"{path} was not taken: {done.splitlines()[0] if done else 'no answer'}")
+        print(path)
+
+
 def wait(target, other_than):
     deadline = time.monotonic() + WAIT
     while True:
@@ -77,6 +116,10 @@ def main(argv):
         if argv[1] == "save":
             save(argv[0])
             print(worker(argv[0]))
+        elif argv[1] == "certificates":
+            certificates(argv[0], argv[2:])
+        elif argv[1] == "begin":
+            begin(argv[2], argv[3])
         else:
             print(wait(argv[0], argv[2] if len(argv) > 2 else ""))
     except (OSError, ValueError, KeyError) as exc:

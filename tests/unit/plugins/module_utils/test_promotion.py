@@ -10,7 +10,14 @@ import pytest
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.app import App, parse_app
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
-from ansible_collections.selfhost.delivery.plugins.module_utils.promotion import Site, Wish, gate_findings, host_batches, plan_release
+from ansible_collections.selfhost.delivery.plugins.module_utils.promotion import (
+    Site,
+    Wish,
+    calls_of,
+    gate_findings,
+    host_batches,
+    plan_release,
+)
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 DIGESTS = {"app": ONE, "migrator": TWO}
@@ -130,3 +137,36 @@ def test_the_plan_says_which_hosts_follow_which() -> None:
     assert planned.batches == [["app-3"], ["app-1", "app-2"]]
     assert planned.lines[-1] == "  hosts: app-3 (canary), then app-1 + app-2"
     assert "hosts:" not in "".join(plan().lines)
+
+
+ALL = ["preflight", "pull", "hold", "dependencies", "migrate", "roll"]
+
+
+@pytest.mark.parametrize(
+    ("given", "phases", "steps"),
+    [
+        (
+            ("promote", 1, True),
+            (ALL[:1], ALL[1:3], ALL[3:]),
+            ("", "pinned begin", "pinned end", "snapshotted begin", "", "verifying begin"),
+        ),
+        (("promote", 1, False), (ALL[:3], [], ALL[3:]), ("pinned begin, pinned end", "snapshotted begin", "", "", "", "verifying begin")),
+        (("rollback", 1, False), (ALL, [], []), ("", "verifying begin", "", "", "", "")),
+        (("rollback", 1, False, True, True), (ALL[:3], [], ALL[3:]), ("", "", "", "", "", "verifying begin")),
+        (("promote", 3, False), (ALL[:1], ["pull"], ALL[3:]), ("", "pinned begin", "pinned end", "snapshotted begin", "", "")),
+        (("rollback", 3, False), (ALL[:1], ["pull"], ALL[3:]), ("",) * 6),
+    ],
+    ids=["copies", "promote", "rollback", "data", "hosts", "rollback-of-hosts"],
+)
+def test_a_call_begins_only_where_the_controller_has_something_to_do(given: tuple, phases: tuple, steps: tuple) -> None:
+    calls = calls_of(*given)
+    assert tuple(calls[name]["phases"] for name in ("check", "pull", "roll")) == phases
+    told = tuple(calls[name]["journal"][when] for name in ("check", "pull", "roll") for when in ("before", "after"))
+    assert tuple(", ".join(f"{one['step']} {one['event']}" for one in entries) for entries in told) == steps
+
+
+def test_the_calls_of_a_release_go_by_what_it_does() -> None:
+    assert plan().calls["pull"]["does"] == "Pull the images"
+    assert plan(Wish(migrations="breaking")).calls["pull"]["does"] == "Pull the images and hold all writes"
+    back = plan(Wish(kind="rollback")).calls
+    assert back["check"]["does"] == "Check host, Compose file and plan, then pull the images and roll" and not back["roll"]["phases"]

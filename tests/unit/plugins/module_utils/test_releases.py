@@ -546,6 +546,49 @@ def test_the_way_back_starts_at_what_serves_and_does_not_bounce(deploy_dir):
     assert releases.previous_committed(deploy_dir) is None
 
 
+@pytest.mark.parametrize("hours", [-30, 0, 30], ids=["back", "stands-still", "forward"])
+def test_the_newest_release_stays_the_newest_when_the_clock_is_set(deploy_dir, hours):
+    now = datetime(2026, 11, 21, 9, tzinfo=timezone.utc)
+    for tag, moment in (("sha-z", now), ("sha-y", now + timedelta(hours=hours)), ("sha-a", now + timedelta(hours=hours))):
+        make(deploy_dir, releases.new_release_id(tag, moment, deploy_dir), "committed")
+    assert [name[16:] for name in releases.release_ids(deploy_dir)] == ["sha-a", "sha-y", "sha-z"]
+    assert releases.previous_committed(deploy_dir)["tag"] == "sha-y"
+    state = releases.fold(releases.read_journal(deploy_dir, releases.release_ids(deploy_dir)[0]))
+    assert min(state.durations.values()) >= 0
+
+
+def test_a_lease_when_the_clock_is_set(deploy_dir, sleeper, monkeypatch):
+    """Forward, it looks expired, and whoever had it stops at its next change. Back, it lasts longer; a dead holder is dead all the same."""
+    clock = [datetime.now(timezone.utc)]
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return clock[0]
+
+    monkeypatch.setattr(releases, "datetime", Clock)
+    first = releases.Lease(deploy_dir)
+    first.acquire("r1", holder_of(sleeper.pid), "rel-1", 900)
+    clock[0] += timedelta(hours=30)
+    first.renew()
+    with pytest.raises(DeliveryError, match="another run holds it"):
+        releases.Lease(deploy_dir).acquire("r2", {}, "rel-2", 900)
+    clock[0] += timedelta(hours=30)
+    assert releases.Lease(deploy_dir).acquire("r2", holder_of(sleeper.pid), "rel-2", 900).previous_dead_holder["run_id"] == "r1"
+    with pytest.raises(DeliveryError, match="lease lost"):
+        first.check()
+    clock[0] -= timedelta(hours=60)
+    with pytest.raises(DeliveryError, match="another run holds it"):
+        releases.Lease(deploy_dir).acquire("r3", {}, "rel-3", 900)
+    releases.Lease(deploy_dir, "r2").renew()
+    assert releases.parse_time(releases.Lease(deploy_dir).read()["expires"]) == clock[0].replace(microsecond=clock[0].microsecond // 1000 * 1000) + timedelta(
+        seconds=900
+    )
+    sleeper.kill()
+    sleeper.wait()
+    assert releases.Lease(deploy_dir).acquire("r3", {}, "rel-3", 900).previous_dead_holder["run_id"] == "r2"
+
+
 def test_the_way_back_never_leads_to_what_was_left_for_the_one_before_it(deploy_dir):
     make(deploy_dir, "20261121-010000-sha-good", "committed")
     make(deploy_dir, "20261121-020000-sha-bad", "committed")

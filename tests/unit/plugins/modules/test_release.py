@@ -151,6 +151,24 @@ def test_a_retried_start_is_the_same_release(call):
     assert (again["release_id"], again["changed"], again["recover"]) == (first["release_id"], False, None)
 
 
+def test_who_waited_for_the_lock_comes_after_who_had_it(call, tmp_path, monkeypatch):
+    """Two wait; the one that asked last gets it first. The other's release is the newer one, though its run is older."""
+    take = releases.Lease.acquire
+
+    def late(lease, run_id, holder, release_id, *args, **named):
+        if run_id == "r2" and not (tmp_path / "releases").exists():
+            later = f"{release_id[:4]}1231-235959-sha-z"
+            record = {"id": later, "tag": "sha-z", "kind": "promote", "run_id": "r3", "started": releases.timestamp(), "previous": None}
+            releases.create_release(str(tmp_path), record, "r3")
+            releases.finish_release(str(tmp_path), later, "r3", "committed")
+        return take(lease, run_id, holder, release_id, *args, **named)
+
+    monkeypatch.setattr(releases.Lease, "acquire", late)
+    begun = start(call, run="r2", tag="sha-b", release_id=None)
+    assert releases.release_ids(str(tmp_path))[0] == begun["release_id"]
+    assert releases.Lease(str(tmp_path)).read()["release_id"] == begun["release_id"]
+
+
 def test_frozen_stays_until_a_person_lifts_it(call, tmp_path):
     first = start(call)
     frozen = call("frozen", release_id=first["release_id"], failure=FAILURE)

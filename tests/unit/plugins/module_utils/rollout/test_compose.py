@@ -20,9 +20,11 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose 
 
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder first on PATH; write a ``docker`` there with ``play``."""
+    """A folder first on PATH; write a ``docker`` there with ``play``. No plugin is found beside it."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    monkeypatch.setattr(compose_module, "PLUGIN_FOLDERS", ())
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / "config"))
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     return folder
 
@@ -46,6 +48,20 @@ def project(tmp_path: Path, docker_config: str = "") -> Compose:
 def test_versions() -> None:
     assert parse_version("v2.40.3-desktop.1") == (2, 40) and parse_version("2.20.2+ds1-0ubuntu1") == (2, 20)
     assert parse_version("dev") is None
+
+
+def test_the_plugin_itself_is_started_where_the_docker_program_would_find_it(docker: Path, tmp_path: Path) -> None:
+    play(docker, "echo 2.20.0")
+    plugin = tmp_path / "config" / "cli-plugins" / "docker-compose"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text(f"#!/bin/sh\necho \"$DOCKER_CLI_PLUGIN_ORIGINAL_CLI_COMMAND: $@\" >> {docker}/told\necho 2.30.0\n")
+    assert project(tmp_path).version() == "2.20.0" and project(tmp_path).identity == "", "it cannot be started"
+    plugin.chmod(0o755)
+    found = project(tmp_path)
+    assert found.version() == "2.30.0" and str(plugin) in found.identity
+    assert (docker / "told").read_text() == "docker: compose version --short\n"
+    (tmp_path / "config" / "config.json").write_text('{"cliPluginsExtraDirs": ["/opt/plugins"]}')
+    assert project(tmp_path).version() == "2.20.0", "folders that come first were named"
 
 
 def test_an_old_compose_is_refused_and_an_unnamed_one_is_told(docker: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.engine import HA
 from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import plan as planning
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import undo
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.history import Expected
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.host import Host
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.plan import Plan, Spec, Step
 
@@ -206,8 +207,11 @@ def test_lines_tell_people_only_what_changes() -> None:
     plan = build(spec(), services, [container("web"), container("db", image="db:1", config="new")])
     assert plan.lines == ["web  sha256:aaaaaaaaaaaa… -> sha256:bbbbbbbbbbbb…  start_first"]
     assert plan.changes
+    told = replace(plan, expected=Expected(3, 18.0, {"web": 3.0, "db": 1.0}))
+    assert told.lines == [f"{plan.lines[0]}, about 3 s", "expected: about 18 s in all, from the last 3 releases"]
     calm = build(spec(), services, [container("web", image=NEW, config="new"), container("db", image="db:1", config="new")])
     assert calm.lines == [] and not calm.changes
+    assert replace(calm, expected=told.expected).lines == []
 
 
 def test_a_volume_without_a_name_is_warned_about() -> None:
