@@ -38,7 +38,7 @@ test-hosts: ## releases over three hosts, reached over SSH; not part of `make te
 	@scripts/bootstrap.sh test
 	@tests/run.sh hosts
 
-test-moves: ## an app moves to another host and back, and is brought back from nothing; no part of test
+test-moves: ## an app moves to another host and back, and is drilled on a third; no part of test
 	@scripts/bootstrap.sh test
 	@tests/run.sh moves
 

@@ -192,6 +192,8 @@ lines:
   elements: str
 """
 
+import contextlib
+
 from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.selfhost.delivery.plugins.module_utils.data.connection import ARGUMENTS, engine_of
@@ -235,7 +237,8 @@ def main() -> None:
         required_one_of=[("password", "password_file")],
     )
     try:
-        result = drill(engine_of(module.params), Engine(module.params["docker_socket"]), drill_request(module.params), module.check_mode)
+        with contextlib.closing(engine_of(module.params)) as engine:
+            result = drill(engine, Engine(module.params["docker_socket"]), drill_request(module.params), module.check_mode)
     except DeliveryError as error:
         module.fail_json(**error.as_result())
     module.exit_json(**result)

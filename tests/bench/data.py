@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -127,14 +128,14 @@ def set_tool(place: Place, kind: str, verify: bool) -> Tool:
 
     def take() -> Timed:
         place.number += 1
-        wall, result = call(place, "snapshot", kind, name, set_id=f"bench-{place.number}", volumes=[place.volume], verify=verify)
+        wall, result = call(place, "snapshot", kind, name, set_id=f"bench-{place.number}", volumes=[place.volume], verify="repository" if verify else "none")
         return Timed(wall, result["freeze_seconds"] * 1000, 0.0)
 
     def prepare() -> None:
         engine_at(place, kind, name)
         take()
 
-    return Tool(f"{kind}: set" + ("" if verify else ", verify: false"), kind, prepare, take)
+    return Tool(f"{kind}: set" + ("" if verify else ", verify: none"), kind, prepare, take)
 
 
 def bare_tool(place: Place, kind: str) -> Tool:
@@ -199,7 +200,7 @@ def restore_tools(place: Place, kinds: t.Sequence[str]) -> list[Tool]:
             engine = engine_at(place, kind, "bare")
             if not any(one.source == str(place.data) and one.tags["set"] == "bare" for one in engine.contents()):
                 engine.prepare([str(place.data)])
-                engine.snapshot([str(place.data)], {"set": "bare"}, True, 3600)  # type: ignore[call-arg]
+                engine.snapshot([str(place.data)], {"set": "bare"}, True, 3600, False)
 
         def ours(kind: str = kind, keep: bool = False) -> Timed:
             spoil(place.data)
@@ -370,6 +371,8 @@ def main() -> int:
     for kind in options.engines.split(","):
         if kind not in kinds:
             say(f"WARNING: NO {kind.upper()} in this run: it is not on PATH")
+    # Whatever ends it, the container and the volume go.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
     shopfront.build_keeper()
     rows: list[dict[str, t.Any]] = []
     volume = f"bench-data-{os.getpid()}"

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from . import shopfront
-from .site_under_test import Load, Site, _family
+from .site_under_test import REPOSITORY, Load, Site, _family
 
 ENVIRONMENTS = ("production",)
 GATE = ("-e", "delivery_override_gates=testing")
@@ -75,7 +78,6 @@ def test_the_sets_are_shown_and_bad_wishes_refused_before_anything_changes(site:
         (("at=2020-01-01 09:00",), "no complete set is that old"),
         (("at=yesterday",), "Give one such as '2026-11-28 09:00'"),
         (("snapshot=latest", "volumes=dato"), "did you mean data?"),
-        (("snapshot=latest", f"into={site.folder}"), "something is there already"),
     )
     for wishes, answer in refusals:
         extra = [word for wish in wishes for word in ("-e", json.dumps(dict([wish.split("=", 1)])))]
@@ -90,7 +92,8 @@ def test_beside_touches_nothing_that_runs(site: Site) -> None:
     assert not into.exists()
     site.run("restore", site.production, *wanted).must_succeed()
     assert (into / "volumes" / f"{site.production.project}_data" / "rows").read_text().strip() == "row 1"
-    assert list((into / "paths").iterdir()) == [] and into.stat().st_mode & 0o777 == 0o700
+    assert not (into / "paths").exists() and into.stat().st_mode & 0o777 == 0o700
+    site.run("restore", site.production, *wanted).must_fail("something is there already")
     assert site.production.data("rows").strip() == "second" and site.production.containers() == before
 
 
@@ -112,10 +115,9 @@ def test_a_drill_proves_a_set_and_leaves_nothing(site: Site) -> None:
 
 def test_the_next_drill_removes_what_a_killed_one_left(site: Site) -> None:
     site.write_inventories(lambda variables: _described(site, variables, {**CHECK, "command": ["sleep", "100"]}))
-    killed = subprocess.Popen(
-        site.command("drill", site.production), env=site.environ(), cwd=site.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 120
+    command, silent = site.command("drill", site.production), subprocess.DEVNULL
+    killed = subprocess.Popen(command, env=site.environ(), cwd=site.folder, stdout=silent, stderr=silent, start_new_session=True)
+    deadline = time.monotonic() + 300
     running = ["docker", "ps", "-q", "--filter", f"label=com.docker.compose.project=drill-{site.production.project}"]
     while not (subprocess.check_output(running) and killed.poll() is None):
         assert time.monotonic() < deadline and killed.poll() is None, "the drill did not start"
@@ -143,8 +145,9 @@ def test_the_program_of_the_timers_does_the_same_without_a_controller(site: Site
         "engine": "auto", "repository": str(site.folder / "snapshots-production"), "repository_id": "", "password_file": str(password), "env": {},
         "docker_socket": "/var/run/docker.sock", "manifest_dir": str(production.deploy_dir / "snapshots"), "app": "shopfront", "environment": "production",
         "project": production.project, "deploy_dir": str(production.deploy_dir), "env_files": [".env.production"], "volumes": ["data"], "paths": [],
-        "consistency": "pause", "hooks": [], "stop_timeout": 10, "keep": 30, "retention": {"last": 2}, "set_id": "latest", "built": ["web", "worker", "migrate"],
-        "services": [], "checks": [CHECK], "timeout": 60, "folder": str(site.folder / "drills"), "metrics_dir": str(site.folder / "metrics"), "docker_config": "",
+        "consistency": "pause", "hooks": [], "stop_timeout": 10, "keep": 30, "retention": {"last": 2}, "set_id": "latest",
+        "built": ["web", "worker", "migrate"], "services": [], "checks": [CHECK], "timeout": 60,
+        "folder": str(site.folder / "drills"), "metrics_dir": str(site.folder / "metrics"), "docker_config": "",
     }  # fmt: skip
     config.write_text(json.dumps(settings))
     python = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -182,3 +185,28 @@ def test_into_place_by_time_and_the_state_replaced_is_kept(site: Site) -> None:
     (kept,) = (site.production.deploy_dir / "snapshots").glob("replaced-scheduled-*.manifest.json")
     site.run("restore", site.production, "-e", f"snapshot={kept.name.removesuffix('.manifest.json')}").must_succeed()
     assert site.production.data("rows").strip() == "third"
+
+
+def test_the_page_about_disasters_says_the_commands_that_bring_it_back(site: Site) -> None:
+    """Everything of the host but what lies elsewhere is gone: containers, volumes, the deploy dir. Last in this file."""
+    production = site.production
+    rows = production.data("rows").strip()
+    if not list((production.deploy_dir / "snapshots").glob("manual-*")):
+        site.run("snapshot", production).must_succeed()
+    subprocess.run(["docker", "rm", "--force", *production.containers()], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["docker", "volume", "rm", f"{production.project}_data"], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(production.deploy_dir)
+    page = (REPOSITORY / "docs" / "disaster.md").read_text()
+    block = re.search(r"<!-- the test runs the commands of this block -->\n```console\n(.*?)```", page, re.DOTALL)
+    assert block
+    commands = [shlex.split(line) for line in block.group(1).splitlines()]
+    assert [words[1] for words in commands] == ["setup.yml", "restore.yml", "promote.yml"]
+    for program, playbook, _i, inventory, *extra in commands:
+        assert (program, inventory) == ("ansible-playbook", "inventories/production")
+        words = [word.replace("<tag>", "sha-one") for word in extra]
+        gate = GATE if playbook == "promote.yml" else ()
+        done = site.run(playbook.removesuffix(".yml"), production, *words, *gate, timeout=600).must_succeed()
+        if playbook == "restore.yml":
+            assert "promote.yml -e tag=sha-one" in " ".join(done.output.split()), done.output
+    assert production.serving() == production.current() == "sha-one"
+    assert production.data("rows").strip() in (rows, "row 1") and production.data("rows").strip() != ""

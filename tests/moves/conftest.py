@@ -86,7 +86,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> t.Iterator[MovingSite]:
         for machine in apps:
             machine.run("sh", "-c", f"mkdir -p -m 700 /root/.ssh && printf '%s' '{SSH}' > /root/.ssh/config")
         site.write_inventories()
-        site.run("setup", hosts, timeout=600).must_succeed()
+        site.run("setup", hosts, timeout=1800).must_succeed()
         site.promote(hosts, site.build("sha-one")).must_succeed()
         yield site
     finally:

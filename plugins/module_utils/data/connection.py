@@ -27,6 +27,8 @@ ARGUMENTS: dict[str, t.Any] = {
     "program": {"type": "path"},
     "env": {"type": "dict", "no_log": True},
     "repository_id": {"type": "str"},
+    "read_only": {"type": "bool", "default": False},
+    "cache_mb": {"type": "int"},
     "manifest_dir": {"type": "path", "required": True},
 }
 
@@ -45,5 +47,7 @@ def engine_of(params: t.Mapping[str, t.Any]) -> SnapshotEngine:
             program=params.get("program") or "",
             env={key: str(value) for key, value in (params.get("env") or {}).items()},
             repository_id=params.get("repository_id") or "",
+            read_only=bool(params.get("read_only")),
+            cache_mb=params.get("cache_mb"),
         ),
     )

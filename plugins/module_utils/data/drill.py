@@ -102,7 +102,7 @@ def drill(engine: SnapshotEngine, docker: Engine, request: Request, check_mode: 
     _refuse_nonsense(request)
     if check_mode:
         found = copying.find(engine, request.manifest_dir, request.set_id, request.app)
-        copying.check_folder(_free_name(request.box), found.bytes)
+        copying.check_room(request.folder, found.bytes)
         what = f"{found.info.set_id} ({size(found.bytes)})"
         told = f"would copy {what} into {request.box}, start it as project {request.scratch}, and remove it"
         which: dict[str, t.Any] = {"set_id": found.info.set_id, "repository_id": found.catalog.repository_id}
@@ -189,9 +189,9 @@ def _refuse_nonsense(request: Request) -> None:
 def _work(engine: SnapshotEngine, docker: Engine, request: Request, record: _Record) -> None:
     with record.step("find the set"):
         record.found = found = copying.find(engine, request.manifest_dir, request.set_id, request.app)
-        copying.check_folder(request.box, found.bytes)
+        copying.check_room(request.folder, found.bytes)
     with record.step("copy it out and compare it"):
-        record.notes += copying.copy(found, request.box)
+        record.notes += copying.copy(found, docker, request.box)
     with record.step("prepare the scratch project"):
         scratch = _prepare(docker, request, found)
         record.notes += scratch.notes
@@ -336,11 +336,6 @@ def _alone(request: Request) -> t.Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _free_name(box: str) -> str:
-    """For a look ahead: what an earlier drill left at the real place would be removed first."""
-    return box if not os.path.lexists(box) else f"{box}.next"
 
 
 def _time(seconds: float) -> str:

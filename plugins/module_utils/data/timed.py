@@ -10,6 +10,7 @@ Exit code 0: done, or nothing to do; 1: it failed, and the last line says why.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import signal
@@ -29,6 +30,7 @@ from ansible_collections.selfhost.delivery.plugins.module_utils.errors import De
 from ansible_collections.selfhost.delivery.plugins.module_utils.files import read_json
 from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.compose import Compose
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import api, sets
+from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots.engines import SnapshotEngine
 
 #: Seconds that the lock is held for at most without being renewed.
 _TTL = 900.0
@@ -66,8 +68,7 @@ def take(config: Config, now: t.Optional[float] = None) -> dict[str, t.Any]:
 
 
 def _take(config: Config, current: t.Mapping[str, t.Any], began: float) -> dict[str, t.Any]:
-    engine, docker = engine_of(config), Engine(config["docker_socket"])
-    volumes, paths = set_of(config, current, docker)
+    volumes, paths = set_of(config, current, Engine(config["docker_socket"]))
     if not volumes:
         return {"skipped": "there is no data yet"}
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(began))
@@ -86,14 +87,19 @@ def _take(config: Config, current: t.Mapping[str, t.Any], began: float) -> dict[
         },
         keep=0 if config["retention"] else config["keep"],
     )
-    result = api.snapshot(engine.name, params, False)
-    if config["retention"]:
-        catalog = sets.Catalog(engine, result["repository_id"], config["manifest_dir"])
-        complete = [(one.set_id, moment(one.created)) for one in catalog.sets() if one.complete]
-        never = retained(complete, config["retention"]) | {params["set_id"]}
-        forgotten, warnings = sets.forget(engine, config["manifest_dir"], result["repository_id"], 0, never)
-        result.update(forgotten=forgotten, warnings=result["warnings"] + warnings)
+    with contextlib.closing(engine_of(config)) as engine:
+        result = api.snapshot(engine.name, params, False)
+        if config["retention"]:
+            result.update(_forget(engine, config, result))
     return result
+
+
+def _forget(engine: SnapshotEngine, config: Config, result: t.Mapping[str, t.Any]) -> dict[str, t.Any]:
+    catalog = sets.Catalog(engine, result["repository_id"], config["manifest_dir"])
+    complete = [(one.set_id, moment(one.created)) for one in catalog.sets() if one.complete]
+    never = retained(complete, config["retention"]) | {result["set_id"]}
+    forgotten, warnings = sets.forget(engine, config["manifest_dir"], result["repository_id"], 0, never)
+    return {"forgotten": forgotten, "warnings": result["warnings"] + warnings}
 
 
 def set_of(config: Config, current: t.Mapping[str, t.Any], docker: Engine) -> tuple[list[str], list[str]]:
@@ -130,7 +136,8 @@ def main(arguments: t.Sequence[str]) -> int:
 
 
 def _drill(config: Config) -> int:
-    result = drill(engine_of(config), Engine(config["docker_socket"]), drill_request(config))
+    with contextlib.closing(engine_of(config)) as engine:
+        result = drill(engine, Engine(config["docker_socket"]), drill_request(config))
     sys.stdout.write("\n".join(result["lines"]) + "\n")
     return 0 if result["verdict"] == "passed" else 1
 
