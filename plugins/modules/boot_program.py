@@ -55,29 +55,25 @@ path:
   sample: /usr/local/lib/selfhost-delivery/app.pyz
 """
 
-import os
-
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.selfhost.delivery.plugins.module_utils.boot_archive import pack
-from ansible_collections.selfhost.delivery.plugins.module_utils.files import write_atomically
+from ansible_collections.selfhost.delivery.plugins.module_utils.archive import put_program
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import boot
 
-MODE = 0o644
+# All kinds of edges: a rollout imports only the one it uses, and only what is imported here is sent and packed.
+from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import haproxy, nginx, none, traefik
+
+PACKED = (haproxy, nginx, none, traefik)
 
 
 def main() -> None:
     module = AnsibleModule(argument_spec=dict(path=dict(type="path", required=True)), supports_check_mode=True)
-    path, content = module.params["path"], pack()
+    path = module.params["path"]
     try:
-        with open(path, "rb") as handle:
-            changed = handle.read() != content or os.fstat(handle.fileno()).st_mode & 0o777 != MODE
-    except FileNotFoundError:
-        changed = True
-    if changed and not module.check_mode:
-        try:
-            write_atomically(path, content, MODE)
-        except OSError as exc:
-            module.fail_json(msg=f"Writing {path}: {exc.strerror}.", failure_class="config")
+        changed = put_program(path, boot.__name__, module.check_mode)
+    except DeliveryError as exc:
+        module.fail_json(**exc.as_result())
     module.exit_json(changed=changed, path=path)
 
 

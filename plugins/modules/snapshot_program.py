@@ -50,61 +50,25 @@ path:
   sample: /usr/local/lib/selfhost-delivery/snapshots.pyz
 """
 
-import io
-import os
-import sys
-import zipfile
-
 from ansible.module_utils.basic import AnsibleModule
 
+from ansible_collections.selfhost.delivery.plugins.module_utils.archive import put_program
 from ansible_collections.selfhost.delivery.plugins.module_utils.data import timed
-from ansible_collections.selfhost.delivery.plugins.module_utils.files import write_atomically
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
 
-# Loaded by name only when a repository is used; here, so that they are packed.
+# Loaded by name only when a repository is used; here, so that they are sent and packed.
 from ansible_collections.selfhost.delivery.plugins.module_utils.snapshots import kopia, restic
 
-_ROOT = "ansible_collections.selfhost.delivery.plugins.module_utils"
-_MAIN = f"import sys\n\nfrom {timed.__name__} import main\n\nsys.exit(main(sys.argv[1:]))\n"
-
-
-def packed() -> bytes:
-    """The same bytes for the same code, wherever it is packed."""
-    files = {"__main__.py": _MAIN}
-    for name in sorted(sys.modules):
-        found = sys.modules[name]
-        loader = getattr(found, "__loader__", None)
-        if name.startswith(f"{_ROOT}.") and not hasattr(found, "__path__") and loader is not None:
-            files[name.replace(".", "/") + ".py"] = loader.get_source(name)
-            parts = name.split(".")[:-1]
-            for count in range(1, len(parts) + 1):
-                files.setdefault("/".join(parts[:count]) + "/__init__.py", "")
-        elif name.startswith(f"{_ROOT}.") and loader is not None:
-            try:
-                files[name.replace(".", "/") + "/__init__.py"] = loader.get_source(name) or ""
-            except (AttributeError, ImportError):
-                continue  # a folder without one
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in sorted(files.items()):
-            archive.writestr(zipfile.ZipInfo(name, (2026, 1, 1, 0, 0, 0)), text)
-    return buffer.getvalue()
+PACKED = (kopia, restic)
 
 
 def main() -> None:
     module = AnsibleModule(argument_spec=dict(path=dict(type="path", required=True)), supports_check_mode=True)
     path = module.params["path"]
-    if not (timed.__name__ in sys.modules and kopia.__name__ in sys.modules and restic.__name__ in sys.modules):
-        raise AssertionError("what was imported is loaded")
-    content = packed()
     try:
-        with open(path, "rb") as handle:
-            changed = handle.read() != content
-    except FileNotFoundError:
-        changed = True
-    if changed and not module.check_mode:
-        if not os.path.isdir(os.path.dirname(path)):
-            module.fail_json(msg=f"Writing {path}: its folder does not exist. Make it first.", failure_class="config")
-        write_atomically(path, content, mode=0o644)
+        changed = put_program(path, timed.__name__, module.check_mode)
+    except DeliveryError as exc:
+        module.fail_json(**exc.as_result())
     module.exit_json(changed=changed, path=path)
 
 

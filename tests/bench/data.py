@@ -405,7 +405,7 @@ def _mountpoint(volume: str) -> str:
 
 def _version(kind: str) -> str:
     words = ["version"] if kind == "restic" else ["--version"]
-    return f"{kind} {subprocess.check_output([kind, *words], text=True).split(' from:')[0].strip()[:60]}"
+    return f"{kind} {subprocess.check_output([kind, *words], text=True).split(' from:', maxsplit=1)[0].strip()[:60]}"
 
 
 if __name__ == "__main__":

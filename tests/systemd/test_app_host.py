@@ -125,7 +125,8 @@ def test_no_secret_is_left_where_others_can_read_it(site: StarterSite) -> None:
         assert secret not in processes, f"{name} was on a command line or in an environment that others can read"
         found = site.machine.run("grep", "--recursive", "--files-with-matches", "--fixed-strings", "--no-messages", "--exclude-dir=docker", secret,
                                  "/etc", "/opt", "/var", "/root", "/home", "/tmp", "/run", "/usr/local", check=False).split()  # fmt: skip
-        readable = [path for path in found if site.machine.run("sh", "-c", f"setpriv --reuid=nobody --clear-groups cat {path} >/dev/null 2>&1 && echo yes", check=False)]
+        as_nobody = "setpriv --reuid=nobody --clear-groups cat {} >/dev/null 2>&1 && echo yes"
+        readable = [path for path in found if site.machine.run("sh", "-c", as_nobody.format(path), check=False)]
         assert readable == [], f"{name} can be read by everybody in {readable}"
         assert secret not in site.machine.run("journalctl", "--no-pager"), f"{name} is in the journal"
     # The planted ones are there at all, or all this would say nothing.

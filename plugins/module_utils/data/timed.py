@@ -123,7 +123,7 @@ def main(arguments: t.Sequence[str]) -> int:
         sys.stderr.write("usage: snapshot|drill CONFIG\n")
         return 2
     # A stop of the unit is to clean up like any other end.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     config = read_json(arguments[1])
     if config is None:
         sys.stderr.write(f"there is no {arguments[1]}; setup.yml writes it\n")
@@ -133,6 +133,10 @@ def main(arguments: t.Sequence[str]) -> int:
     except DeliveryError as exc:
         sys.stderr.write(f"{exc.message}\n")
         return 1
+
+
+def _stop(_number: int, _frame: t.Any) -> None:
+    raise SystemExit(143)
 
 
 def _drill(config: Config) -> int:
@@ -200,7 +204,3 @@ def _holder() -> dict[str, t.Any]:
         "pid_namespace": releases.pid_namespace(),
         "ci_url": "",
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -208,12 +208,13 @@ def prune(project_dir: str) -> list[str]:
 def main(argv: t.Sequence[str]) -> int:
     actions = {"up": bring_up, "down": take_down, "prune": prune}
     if len(argv) != 2 or argv[0] not in actions:
-        print("usage: up|down|prune DEPLOY_DIR", file=sys.stderr)
+        sys.stderr.write("usage: up|down|prune DEPLOY_DIR\n")
         return 2
     try:
         for line in actions[argv[0]](argv[1]):
-            print(line)
+            sys.stdout.write(f"{line}\n")
+            sys.stdout.flush()
     except DeliveryError as exc:
-        print("\n".join(exc.details.get("said", (exc.message,))), file=sys.stderr)
+        sys.stderr.write("\n".join(exc.details.get("said", (exc.message,))) + "\n")
         return 1
     return 0

@@ -2,7 +2,7 @@
 # GNU General Public License v3.0+ (see COPYING or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
 
-"""The archive that Python runs on a host on its own: ``rollout/boot.py`` and all of this collection that it needs.
+"""A program that Python runs on a host on its own, in one file: one part of this collection and all that it needs of the rest.
 
 A module is sent to a host with everything it imports; that is what goes into the archive. So nothing lists files twice.
 """
@@ -10,24 +10,39 @@ A module is sent to a host with everything it imports; that is what goes into th
 from __future__ import annotations
 
 import io
+import os
 import sys
 import typing as t
 import zipfile
 
-# All kinds of edges: a rollout imports only the one it uses, and only what is imported here is sent and packed.
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout import boot
-from ansible_collections.selfhost.delivery.plugins.module_utils.rollout.edges import haproxy, nginx, none, traefik
+from ansible_collections.selfhost.delivery.plugins.module_utils.errors import DeliveryError
+from ansible_collections.selfhost.delivery.plugins.module_utils.files import write_atomically
 
-EDGES = (haproxy, nginx, none, traefik)
-PACKAGE = boot.__name__.partition(".rollout.")[0]
-MAIN = f"import sys\n\nfrom {boot.__name__} import main\n\nsys.exit(main(sys.argv[1:]))\n"
+PACKAGE = __name__.rpartition(".")[0]
+MODE = 0o644
 #: Zip knows no time before; the same sources make the same bytes.
 MOMENT = (1980, 1, 1, 0, 0, 0)
 
 
-def pack() -> bytes:
-    """The archive, the same bytes for the same sources."""
-    files = {"__main__.py": MAIN.encode()}
+def put_program(path: str, main: str, check_mode: bool = False) -> bool:
+    """Have the archive that runs ``main(argv)`` of the module of that name at ``path``, whose folder exists; whether it changed."""
+    content = pack(main)
+    try:
+        with open(path, "rb") as handle:
+            changed = handle.read() != content or os.fstat(handle.fileno()).st_mode & 0o777 != MODE
+    except FileNotFoundError:
+        changed = True
+    if changed and not check_mode:
+        try:
+            write_atomically(path, content, MODE)
+        except OSError as exc:
+            raise DeliveryError(f"Writing {path}", exc.strerror or str(exc), "Its folder must exist and be writable.", "config") from exc
+    return changed
+
+
+def pack(main: str) -> bytes:
+    """The archive, the same bytes for the same sources: what is imported of this collection, and a start that calls ``main``."""
+    files = {"__main__.py": f"import sys\n\nfrom {main} import main\n\nsys.exit(main(sys.argv[1:]))\n".encode()}
     for name, module in sorted(sys.modules.items()):
         if name.startswith(f"{PACKAGE}.") and name != __name__:
             files.update({path: b"" for path in _parents(name) if path not in files})
@@ -38,7 +53,7 @@ def pack() -> bytes:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, content in sorted(files.items()):
             entry = zipfile.ZipInfo(path, MOMENT)
-            entry.external_attr = 0o644 << 16
+            entry.external_attr = MODE << 16
             archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
     return target.getvalue()
 
