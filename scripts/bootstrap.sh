@@ -87,6 +87,7 @@ LIST
         have ssh || want openssh-client "tests reach hosts over SSH"
         is_installed busybox-static || want busybox-static "smallest test images"
         have setfattr || want attr "tests of what a snapshot keeps"
+        have zstd || want zstd "archives that sets are measured against"
         have mount || want mount "tests with a full disk"
         have nginx || want nginx "an edge that some already have"
         have tinyproxy || want tinyproxy "a forward proxy before a registry"
