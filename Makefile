@@ -13,7 +13,7 @@ DEMO_PRODUCTION_PORT ?= 18080
 export DEMO_DIR DELIVERY_CACHE DEMO_NAME DEMO_REGISTRY_PORT DEMO_STAGING_PORT DEMO_PRODUCTION_PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-down test test-data test-hosts test-moves test-systemd lint soak bench-images bench-rollout bench-data build clean
+.PHONY: help demo demo-down test test-data test-hosts test-systemd lint soak bench-images bench-rollout bench-data build clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +37,6 @@ test-data: ## snapshot sets of real databases, repositories elsewhere, restores;
 test-hosts: ## releases over three hosts, reached over SSH; not part of `make test`
 	@scripts/bootstrap.sh test
 	@tests/run.sh hosts
-
-test-moves: ## an app moves to another host and back, and is drilled on a third; no part of test
-	@scripts/bootstrap.sh test
-	@tests/run.sh moves
 
 test-systemd: ## app hosts and the registry role on hosts that systemd runs; no part of test
 	@scripts/bootstrap.sh test

@@ -6,7 +6,7 @@
 # Every gate of this collection, in the order in which a mistake is cheapest to learn of. `make test` runs all of it.
 #
 #   tests/run.sh [STAGE ...]       stages: lint ansible-lint sanity unit build molecule integration demo e2e; default: all of these
-#                                  and, only by name: data hosts moves systemd soak
+#                                  and, only by name: data hosts systemd soak
 #
 #   KEEP_GOING=1        run the remaining stages after one failed
 #   SANITY_PYTHON=all   ansible-test sanity on every Python found, not only on the one of .venv
@@ -19,7 +19,7 @@ checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$checkout"
 
 all_stages=(lint ansible-lint sanity unit build molecule integration demo e2e)
-more_stages=(data hosts moves systemd soak) # too long for every run
+more_stages=(data hosts systemd soak) # too long for every run
 venv=$checkout/.venv/bin
 cache=$checkout/.cache
 results=$cache/results
@@ -195,8 +195,6 @@ gate_hosts() { run_pytest hosts tests/hosts; }
 
 gate_data() { run_pytest data tests/data -n 2 --dist load; }
 
-gate_moves() { run_pytest moves tests/moves; }
-
 gate_systemd() { run_pytest systemd tests/systemd; }
 
 # The README's main job with its own checks, on ports of its own, and where the accounts of registry and edge can reach it.
@@ -223,7 +221,7 @@ limit_of() { # seconds
     lint | ansible-lint | unit | build | molecule) say 600 ;;
     sanity | demo) say 900 ;;
     integration | e2e | systemd) say 1800 ;;
-    data | hosts | moves) say 2700 ;;
+    data | hosts) say 2700 ;;
     soak) say 9000 ;;
     esac
 }

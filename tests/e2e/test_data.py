@@ -93,7 +93,14 @@ def test_beside_touches_nothing_that_runs(site: Site) -> None:
     site.run("restore", site.production, *wanted).must_succeed()
     assert (into / "volumes" / f"{site.production.project}_data" / "rows").read_text().strip() == "row 1"
     assert not (into / "paths").exists() and into.stat().st_mode & 0o777 == 0o700
+    # Again: it is all there, byte for byte, so nothing changes; what is not the set's own is left alone and refused.
+    copied = into / "volumes" / f"{site.production.project}_data" / "rows"
+    inode = copied.stat().st_ino
+    site.run("restore", site.production, *wanted).must_succeed()
+    assert copied.stat().st_ino == inode
+    copied.write_text("somebody works on it")
     site.run("restore", site.production, *wanted).must_fail("something is there already")
+    assert copied.read_text() == "somebody works on it"
     assert site.production.data("rows").strip() == "second" and site.production.containers() == before
 
 
